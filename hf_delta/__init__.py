@@ -1,0 +1,31 @@
+"""hf_delta: post-training methods that TRL and PEFT do not have.
+
+Names are resolved on first use, so that `import hf_delta` imports neither torch nor TRL.
+"""
+
+from importlib import import_module
+from typing import Any
+
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "AdvantageTransform": "hf_delta.rl.weights",
+    "DeltaGRPOConfig": "hf_delta.rl.config",
+    "DeltaGRPOTrainer": "hf_delta.rl.trainer",
+    "DeltaLWeights": "hf_delta.rl.weights",
+    "InputError": "hf_delta.errors",
+    "RolloutBatch": "hf_delta.rl.weights",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'hf_delta' has no attribute '{name}'")
+    return getattr(import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
