@@ -1,0 +1,186 @@
+"""Private names of TRL: the seams of `GRPOTrainer` that hf_delta uses, their recorded signatures, and hooks over them.
+
+Nothing else in the package names a private attribute of TRL. [`GRPOHooks`] turns the seams into a few methods with plain
+names, so that a new TRL release is one file's work; `tests/test_seams.py` compares the signatures with the installed TRL.
+"""
+
+import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from packaging.version import Version
+
+
+SUPPORTED_TRL = (Version("1.16.0"), Version("1.17.0"))
+
+
+def require_supported_trl(installed: str | None = None) -> None:
+    """Refuse a TRL whose private names were not recorded.
+
+    Raises:
+        `ImportError`: the installed TRL is outside the tested range; the message says what to install.
+    """
+    installed = installed or importlib.metadata.version("trl")
+    lowest, first_refused = SUPPORTED_TRL
+    if not lowest <= Version(installed) < first_refused:
+        raise ImportError(
+            f"hf_delta uses private methods of TRL that were recorded for trl>={lowest},<{first_refused}, and trl "
+            f"{installed} is installed. Run: pip install 'trl>={lowest},<{first_refused}'"
+        )
+
+
+require_supported_trl()
+
+from trl import GRPOTrainer  # noqa: E402  (after the version check, which has the better message)
+
+
+# Parameters of each private method that is overridden or called, as of TRL 1.16.
+SEAMS: dict[str, tuple[str, ...]] = {
+    "_generate_and_score_completions": ("self", "inputs"),
+    "_generate_single_turn": (
+        "self",
+        "prompt_ids",
+        "images",
+        "multimodal_fields",
+        "num_generations",
+        "has_tool_images",
+    ),
+    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_get_train_sampler": ("self", "dataset"),
+    "_save_checkpoint": ("self", "model", "trial"),
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    "_get_output_dir": ("self", "trial"),
+}
+
+# Private attributes that are read or written.
+ATTRIBUTES: tuple[str, ...] = ("_metrics", "_logs", "_step", "_buffered_inputs")
+
+# Values of `loss_type` that TRL's `GRPOTrainer` implements. TRL finds a wrong one only after the first generation.
+GRPO_LOSS_TYPES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
+
+
+class GRPOHooks(GRPOTrainer):
+    """`GRPOTrainer` whose seams call methods with plain names; with no hook overridden it trains bit for bit like TRL's.
+
+    Hooks, all optional:
+        `on_rollouts(rollouts, rewards_per_func, rows)`: after each training generation, may edit `rollouts` in place.
+        `save_extra_state(checkpoint)`: before TRL writes a checkpoint, on every rank; the directory exists.
+        `load_extra_state(checkpoint)`: on resume, on every rank, after model and optimizer are loaded.
+    """
+
+    rollout_dropout: bool = True
+
+    def on_rollouts(self, rollouts: dict[str, Any], rewards_per_func: torch.Tensor, rows: list[dict]) -> None:
+        pass
+
+    def save_extra_state(self, checkpoint: Path) -> None:
+        pass
+
+    def load_extra_state(self, checkpoint: Path) -> None:
+        pass
+
+    # -- what the hooks may use -------------------------------------------------------------------------------------
+    def log_train_metrics(self, metrics: dict[str, float]) -> None:
+        """Add values to the metrics of the next log line, averaged like TRL's own."""
+        for name, value in metrics.items():
+            self._metrics["train"][name].append(value)
+
+    def log_completion_column(self, name: str, values: list) -> None:
+        """Add a column, one value per sequence of the whole generation batch, to the table of `log_completions`."""
+        self._logs["extra"][name].extend(values)
+
+    def generation_state(self) -> dict[str, Any]:
+        """What TRL does not checkpoint: the position in the generation window, and metrics not yet logged."""
+        pending = {name: torch.tensor(values, dtype=torch.float64) for name, values in self._metrics["train"].items()}
+        return {"step": self._step, "pending_metrics": pending}
+
+    def load_generation_state(self, state: dict[str, Any]) -> None:
+        """Counterpart of [`generation_state`]; also moves the sampler on to the epoch of the checkpoint."""
+        self._step = state["step"]
+        for name, values in state["pending_metrics"].items():
+            self._metrics["train"][name] = values.tolist()
+        # TRL's sampler draws a new order each epoch from a generator that starts over in a new process.
+        sampler = self._train_sampler
+        if sampler is not None and sampler.shuffle:
+            for _ in range(int(self.state.epoch + 1e-6)):
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+    @property
+    def steps_per_window(self) -> int:
+        """Micro-steps that use one generation batch: `steps_per_generation * num_iterations`."""
+        return self.args.steps_per_generation * self.num_iterations
+
+    @property
+    def window_is_open(self) -> bool:
+        """Whether rollouts already generated are still to be trained on."""
+        return self._step % self.steps_per_window != 0
+
+    @property
+    def buffered_rollouts(self) -> list[dict[str, Any]] | None:
+        """This rank's rollouts of the open window, one dict per micro-batch."""
+        return self._buffered_inputs
+
+    @buffered_rollouts.setter
+    def buffered_rollouts(self, rollouts: list[dict[str, Any]]) -> None:
+        device = self.accelerator.device
+        self._buffered_inputs = [
+            {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+            for batch in rollouts
+        ]
+
+    # -- seams ------------------------------------------------------------------------------------------------------
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Any]:
+        rollouts = super()._generate_and_score_completions(inputs)
+        if self.model.training:
+            self.on_rollouts(rollouts, self._rewards_per_func, inputs)
+        return rollouts
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
+        self._rewards_per_func = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return self._rewards_per_func
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        with dropout_off(self.model, enabled=not (self.rollout_dropout or self.use_vllm)):
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
+            )
+
+    _train_sampler = None
+
+    def _get_train_sampler(self, dataset=None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _save_checkpoint(self, model, trial) -> None:
+        # Before TRL saves: pushing to the Hub and rotation happen inside super().
+        checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        self.save_extra_state(checkpoint)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_extra_state(Path(checkpoint))
+
+
+@contextmanager
+def dropout_off(model: torch.nn.Module, enabled: bool = True) -> Iterator[None]:
+    """Put every module in evaluation mode for a while, then give each its own mode back."""
+    modes = {module: module.training for module in model.modules()} if enabled else {}
+    for module in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def gather_column(rows: list[dict], column: str) -> list:
+    """Values of one column of this rank's rows, gathered over all ranks in sampler order."""
+    return gather_object([row[column] for row in rows])

@@ -1,0 +1,116 @@
+"""Files of our own in a checkpoint: one safetensors file per state, and which checkpoints are complete.
+
+A state is nested dicts and lists whose leaves are tensors, numbers, strings, booleans or `None`. Tensors are stored as
+tensors and the rest as one JSON text in the header, so that nothing needs pickle.
+"""
+
+import json
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hf_delta.errors import InputError
+
+
+FORMAT = "hf_delta.state"
+FORMAT_VERSION = 1
+_TENSOR = "__tensor__"
+
+
+def save_state(path: str | Path, state: Any) -> None:
+    """Write a state to a safetensors file; a reader never sees half of it.
+
+    Raises:
+        `TypeError`: a leaf is neither a tensor nor something JSON can hold.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    structure = _pack(state, tensors)
+    # The header is a flat map of strings, hence JSON inside it. NaN must not slip through: JSON has none.
+    header = {"format": FORMAT, "version": str(FORMAT_VERSION), "structure": json.dumps(structure, allow_nan=False)}
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata=header)
+    os.replace(partial, path)
+
+
+def load_state(path: str | Path) -> Any:
+    """Read what [`save_state`] wrote.
+
+    Raises:
+        `InputError`: the file is cut short or damaged, is not one of ours, or was written in a newer format.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise InputError(f"{path} is not a state file of hf_delta.")
+            if header.get("version") != str(FORMAT_VERSION):
+                raise InputError(
+                    f"{path} is in state format {header.get('version')}, and this hf_delta reads format "
+                    f"{FORMAT_VERSION}: resume with the version of hf_delta that wrote it."
+                )
+            return _unpack(json.loads(header["structure"]), file)
+    except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read ({error}): it is cut short or damaged. Resume from an earlier checkpoint."
+        ) from error
+
+
+def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor):
+        name = str(len(tensors))
+        # A clone, because safetensors refuses views that share storage.
+        tensors[name] = value.detach().cpu().clone().contiguous()
+        return {_TENSOR: name}
+    if isinstance(value, dict):
+        if any(not isinstance(key, str) for key in value):
+            raise TypeError(f"Keys of a state must be strings, got {sorted(map(repr, value))[:3]}.")
+        return {key: _pack(item, tensors) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_pack(item, tensors) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"A state holds tensors, numbers, strings, dicts and lists, got {type(value).__name__}.")
+
+
+def _unpack(value: Any, file: Any) -> Any:
+    if isinstance(value, dict):
+        if value.keys() == {_TENSOR}:
+            return file.get_tensor(value[_TENSOR])
+        return {key: _unpack(item, file) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unpack(item, file) for item in value]
+    return value
+
+
+def newest_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> Path | None:
+    """The `checkpoint-N` with the largest `N` that every process wrote to its end, or `None`, see [`is_complete`]."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    for checkpoint in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        if is_complete(checkpoint, world_size):
+            return checkpoint
+    return None
+
+
+def is_complete(checkpoint: str | Path, world_size: int = 1) -> bool:
+    """Whether a checkpoint was written to its end by every process.
+
+    A process killed while it saves leaves a checkpoint without the last file of rank 0, `trainer_state.json`, without the
+    random state of another rank, or with a torch file cut short.
+    """
+    checkpoint = Path(checkpoint)
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, json.JSONDecodeError):
+        return False
+    ranks = len(list(checkpoint.glob("rng_state_*.pth")))
+    if 0 < ranks < world_size:
+        return False
+    # The directory at the end of a zip file is what torch.save writes last.
+    return all(zipfile.is_zipfile(path) for pattern in ("*.pt", "*.pth") for path in checkpoint.glob(pattern))

@@ -1,0 +1,72 @@
+"""Checks around reward functions: one clear error where a silent zero or a stack of foreign frames would be."""
+
+import functools
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from hf_delta.errors import InputError
+
+
+def checked_reward(function: Callable, name: str) -> Callable:
+    """Wrap a reward function so that what it raises or returns is reported with its name and the row.
+
+    TRL reads NaN as "no score", the meaning of `None`; here NaN and infinities are errors, and `None` keeps its meaning.
+    Reward models (`torch.nn.Module`) are returned as they are.
+
+    Raises (when called):
+        `InputError`: the function raised, returned another number of rewards than completions, or a reward is not finite.
+    """
+    if isinstance(function, torch.nn.Module):
+        return function
+
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):
+
+        async def call(**kwargs: Any) -> list[float | None]:
+            try:
+                rewards = await function(**kwargs)
+            except Exception as error:
+                raise _raised(name, error) from error
+            return _checked(name, rewards, kwargs)
+
+    else:
+
+        def call(**kwargs: Any) -> list[float | None]:
+            try:
+                rewards = function(**kwargs)
+            except Exception as error:
+                raise _raised(name, error) from error
+            return _checked(name, rewards, kwargs)
+
+    # A functools.partial or an instance has no __name__ to copy, hence not functools.wraps alone.
+    return functools.update_wrapper(call, function)
+
+
+def _raised(name: str, error: Exception) -> InputError:
+    return InputError(f"The reward function {name!r} raised {type(error).__name__}: {error}")
+
+
+def _checked(name: str, rewards: Any, kwargs: dict[str, Any]) -> list[float | None]:
+    completions = kwargs["completions"]
+    try:
+        rewards = list(rewards)
+    except TypeError as error:
+        raise InputError(
+            f"The reward function {name!r} returned {type(rewards).__name__}; it must return a list with one reward per "
+            "completion."
+        ) from error
+    if len(rewards) != len(completions):
+        raise InputError(
+            f"The reward function {name!r} returned {len(rewards)} rewards for {len(completions)} completions; it must "
+            "return one reward per completion."
+        )
+    for row, reward in enumerate(rewards):
+        if reward is not None and not math.isfinite(reward):
+            raise InputError(
+                f"The reward function {name!r} returned {float(reward)} for the completion {completions[row]!r} of the "
+                f"prompt {kwargs['prompts'][row]!r}. Return a finite number, or None where the function does not apply."
+            )
+    return rewards

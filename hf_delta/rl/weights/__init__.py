@@ -1,0 +1,12 @@
+"""From a batch of rollouts to one weight per sequence: torch in, torch out."""
+
+from hf_delta.rl.weights.base import AdvantageTransform, RolloutBatch, combine_weights
+from hf_delta.rl.weights.delta_l import DeltaLWeights, delta_l_weights
+
+
+# One line per weight rule: the key is what a recipe writes.
+WEIGHT_RULES: dict[str, type] = {
+    "delta_l": DeltaLWeights,
+}
+
+__all__ = ["WEIGHT_RULES", "AdvantageTransform", "DeltaLWeights", "RolloutBatch", "combine_weights", "delta_l_weights"]

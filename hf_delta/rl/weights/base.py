@@ -1,0 +1,105 @@
+"""What a weight rule sees, what it returns, and how several of them combine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from hf_delta.errors import InputError
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """One generation batch, gathered over all processes: `N` sequences in sampler order, identical on every rank, on CPU.
+
+    Args:
+        group_ids (`torch.Tensor` of shape `(N,)`, int64):
+            Group of each sequence: sequences of one prompt share a number, counted from 0.
+        lengths (`torch.Tensor` of shape `(N,)`, int64):
+            Loss-bearing tokens of each sequence, after truncation masking and tool masking; 0 takes no part in the loss.
+        rewards (`torch.Tensor` of shape `(N, F)`):
+            What each of the `F` reward functions returned; NaN where it returned `None`.
+        reward (`torch.Tensor` of shape `(N,)`):
+            Sum of `rewards` times `reward_weights`; NaN where no function gave a score.
+        advantages (`torch.Tensor` of shape `(N,)`):
+            Advantages as TRL computed them, before any weight.
+        correct (`torch.Tensor` of shape `(N,)`, bool):
+            Whether `reward` is above `correctness_threshold`; False where there is no score.
+        step (`int`):
+            Optimizer steps taken so far.
+        prompt_ids (`list[str]`, *optional*):
+            Stable id of each sequence's prompt. Present if a rule asks for it (`needs = {"prompt_ids"}`).
+        logps (`torch.Tensor` of shape `(N, T)`, *optional*):
+            Per-token log-probabilities (nats) under the policy that starts this generation window. Present if a rule
+            asks for it (`needs = {"logps"}`) and TRL computed them, which it does for off-policy steps and for vLLM.
+        mask (`torch.Tensor` of shape `(N, T)`, *optional*):
+            1 at loss-bearing tokens. Present together with `logps`.
+    """
+
+    group_ids: torch.Tensor
+    lengths: torch.Tensor
+    rewards: torch.Tensor
+    reward: torch.Tensor
+    advantages: torch.Tensor
+    correct: torch.Tensor
+    step: int = 0
+    prompt_ids: list[str] | None = None
+    logps: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@runtime_checkable
+class AdvantageTransform(Protocol):
+    """A weight rule: a callable from a [`RolloutBatch`] to weights `(N,)`, finite and not negative.
+
+    The weight multiplies the sequence's advantage and so, exactly, its policy-gradient term; the KL term and the entropy
+    bonus are outside it. It must be a function of the batch and of its own state only, so that every rank gets the same.
+
+    A rule may also have
+        `needs` (`frozenset[str]`): optional fields of the batch it reads, out of `"prompt_ids"` and `"logps"`;
+        `state_dict()` and `load_state_dict(state)`: what it learns on the way, as nested dicts and lists of tensors,
+        numbers and strings. It is written into every checkpoint and read back on resume.
+    """
+
+    def __call__(self, batch: RolloutBatch) -> torch.Tensor: ...
+
+
+def transform_name(transform: Any) -> str:
+    """Dotted name of a weight rule: of the function itself, or of the object's class."""
+    named = transform if hasattr(transform, "__qualname__") else type(transform)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def combine_weights(transforms: Sequence[AdvantageTransform], batch: RolloutBatch) -> torch.Tensor:
+    """Product of the weights of all rules, `w_i = prod_k w_i^(k)`.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, float32.
+
+    Raises:
+        `InputError`: a rule returned another shape, a negative or a non-finite weight.
+    """
+    weights = torch.ones(len(batch), dtype=torch.float64)
+    for transform in transforms:
+        weights = weights * _checked(transform, transform(batch), len(batch))
+    return weights.float()
+
+
+def _checked(transform: AdvantageTransform, weights: Any, size: int) -> torch.Tensor:
+    weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+    if weights.shape != (size,):
+        raise InputError(
+            f"The advantage transform {transform_name(transform)} returned weights of shape {tuple(weights.shape)}; "
+            f"it must return one weight per sequence, shape ({size},)."
+        )
+    if not bool(torch.isfinite(weights).all()) or bool((weights < 0).any()):
+        row = int(torch.nonzero(~torch.isfinite(weights) | (weights < 0))[0])
+        raise InputError(
+            f"The advantage transform {transform_name(transform)} returned the weight {weights[row].item()} for sequence "
+            f"{row} of the batch; weights must be finite and not negative."
+        )
+    return weights
