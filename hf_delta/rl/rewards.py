@@ -23,7 +23,7 @@ def checked_reward(function: Callable, name: str) -> Callable:
     if isinstance(function, torch.nn.Module):
         return function
 
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None)):
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
 
         async def call(**kwargs: Any) -> list[float | None]:
             try:

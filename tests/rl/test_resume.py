@@ -1,0 +1,210 @@
+"""A resumed run continues as if never stopped: same parameters to the last bit, wherever it was cut."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hf_delta.checkpoint import is_complete, load_state, newest_complete_checkpoint, save_state
+from hf_delta.errors import InputError
+from hf_delta.rl.trainer import STATE_FILE
+from tests.rl.frozen import build_world
+from tests.rl.test_trainer import assert_identical, build, lora, parameters
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or state.global_step == self.step
+
+
+# 8 rows in micro-batches of 8 (2 prompts a micro-batch): with 8 prompts an epoch has 8 optimizer steps.
+WINDOW = {
+    "loss_type": "delta_l",
+    "per_device_train_batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "steps_per_generation": 2,
+    "num_iterations": 2,
+    "max_steps": 20,
+    "learning_rate": 3e-3,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "logging_steps": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def straight(world, tmp_path_factory):
+    trainer = build(world, tmp_path_factory.mktemp("straight"), peft_config=lora(0.2), **WINDOW)
+    trainer.train()
+    return trainer
+
+
+# 4 is the end of a window, 5 to 7 lie inside one, 8 is the end of an epoch, 10 and 19 lie in later epochs.
+@pytest.mark.parametrize("cut", [4, 5, 7, 8, 10, 19])
+def test_resumed_parameters_are_bit_identical(world, straight, tmp_path, cut):
+    first = build(world, tmp_path, peft_config=lora(0.2), callbacks=[StopAt(cut)], **WINDOW)
+    first.train()
+    assert first.state.global_step == cut
+    second = build(world, tmp_path, peft_config=lora(0.2), **WINDOW)
+    second.train(resume_from_checkpoint=True)
+    assert second.state.global_step == 20
+    assert_identical(parameters(straight), parameters(second))
+    # The logged averages span the cut as well; only what measures time may differ.
+    assert [without_times(row) for row in straight.state.log_history[:-1]] == [
+        without_times(row) for row in second.state.log_history[:-1]
+    ]
+
+
+def without_times(row):
+    return {
+        key: value for key, value in row.items() if "time" not in key and "per_second" not in key and key != "loss"
+    }
+
+
+@pytest.mark.parametrize("forgotten", ["rng_state.pth", STATE_FILE, "hf_delta_rollouts_0.safetensors"])
+def test_what_the_checkpoint_holds_is_needed(world, straight, tmp_path, forgotten):
+    """Negative control: without any one of these files the resumed run is another run, or no run."""
+    build(world, tmp_path, peft_config=lora(0.2), callbacks=[StopAt(6)], **WINDOW).train()
+    (tmp_path / "checkpoint-6" / forgotten).unlink()
+    second = build(world, tmp_path, peft_config=lora(0.2), **WINDOW)
+    try:
+        second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    except InputError as error:
+        assert forgotten in str(error)
+        return
+    other = parameters(second)
+    assert any(not torch.equal(p, other[n]) for n, p in parameters(straight).items())
+
+
+def test_a_half_used_window_cannot_be_taken_up_in_another_layout(world, tmp_path):
+    build(world, tmp_path, callbacks=[StopAt(6)], **WINDOW).train()
+    changed = build(world, tmp_path, **{**WINDOW, "num_iterations": 4})
+    with pytest.raises(InputError, match="saved with rollouts still to be trained on"):
+        changed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    # At the end of a window nothing is pending, and another layout may go on from there.
+    at_boundary = build(world, tmp_path, **{**WINDOW, "num_iterations": 4, "max_steps": 5})
+    at_boundary.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert at_boundary.state.global_step == 5
+
+
+@pytest.mark.parametrize(
+    "change", [{"loss_type": "dapo"}, {"advantage_transforms": ["tests.rl.test_trainer.CountingRule"]}]
+)
+def test_a_checkpoint_of_another_method_is_refused(world, tmp_path, change):
+    build(world, tmp_path, callbacks=[StopAt(1)], **WINDOW).train()
+    with pytest.raises(InputError, match="belongs to another method"):
+        build(world, tmp_path, **{**WINDOW, **change}).train(resume_from_checkpoint=True)
+
+
+def test_a_damaged_state_file_is_refused(world, tmp_path):
+    build(world, tmp_path, callbacks=[StopAt(1)], **WINDOW).train()
+    path = tmp_path / "checkpoint-1" / STATE_FILE
+    path.write_bytes(path.read_bytes()[:-7])
+    with pytest.raises(InputError, match="cut short or damaged"):
+        build(world, tmp_path, **WINDOW).train(resume_from_checkpoint=True)
+
+
+def test_resume_without_a_checkpoint_says_so(world, tmp_path):
+    with pytest.raises(InputError, match="holds no complete checkpoint"):
+        build(world, tmp_path, **WINDOW).train(resume_from_checkpoint=True)
+
+
+# -- the files ------------------------------------------------------------------------------------------------------
+def test_state_round_trip(tmp_path):
+    state = {
+        "a": torch.arange(4).view(2, 2),
+        "nested": [{"x": torch.tensor(2.5, dtype=torch.float64), "none": None}, 3, "text", True],
+        "slices": list(torch.arange(6).split(3)),
+        "odd keys": {"1+2:": torch.ones(1), "__tensor__ ": 0.1},
+    }
+    save_state(tmp_path / "s.safetensors", state)
+    loaded = load_state(tmp_path / "s.safetensors")
+    assert torch.equal(loaded["a"], state["a"]) and loaded["nested"][0]["x"].dtype == torch.float64
+    assert loaded["nested"][1:] == [3, "text", True] and loaded["nested"][0]["none"] is None
+    assert [s.tolist() for s in loaded["slices"]] == [[0, 1, 2], [3, 4, 5]]
+    assert loaded["odd keys"]["__tensor__ "] == 0.1 and list(tmp_path.iterdir()) == [tmp_path / "s.safetensors"]
+
+
+def test_a_state_without_tensors_and_what_a_state_may_hold(tmp_path):
+    save_state(tmp_path / "s", {"steps": 3})
+    assert load_state(tmp_path / "s") == {"steps": 3}
+    with pytest.raises(TypeError, match="got set"):
+        save_state(tmp_path / "s", {"x": {1, 2}})
+    with pytest.raises(TypeError, match="must be strings"):
+        save_state(tmp_path / "s", {1: 2})
+
+
+def test_files_of_another_format_or_version(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="not a state file of hf_delta"):
+        load_state(tmp_path / "model.safetensors")
+    monkeypatch.setattr("hf_delta.checkpoint.FORMAT_VERSION", 7)
+    save_state(tmp_path / "s", {})
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="state format 7"):
+        load_state(tmp_path / "s")
+
+
+def test_checkpoints_cut_off_while_saving_are_passed_over(world, tmp_path):
+    build(world, tmp_path, callbacks=[StopAt(3)], **WINDOW).train()
+    assert newest_complete_checkpoint(tmp_path).name == "checkpoint-3"
+    optimizer = tmp_path / "checkpoint-3" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-100])
+    assert newest_complete_checkpoint(tmp_path).name == "checkpoint-2"
+    (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
+    assert newest_complete_checkpoint(tmp_path).name == "checkpoint-1"
+    shutil.rmtree(tmp_path / "checkpoint-1")
+    assert newest_complete_checkpoint(tmp_path) is None
+    assert newest_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_a_checkpoint_of_two_processes_needs_the_random_states_of_both(tmp_path):
+    (tmp_path / "trainer_state.json").write_text("{}")
+    torch.save(0, tmp_path / "rng_state_0.pth")
+    assert not is_complete(tmp_path, world_size=2)
+    torch.save(0, tmp_path / "rng_state_1.pth")
+    assert is_complete(tmp_path, world_size=2)
+
+
+KILLED = """
+import os, signal, sys
+from transformers import TrainerCallback
+from tests.rl.test_resume import WINDOW
+from tests.rl.test_trainer import build, lora
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 11:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+build(sys.argv[1], sys.argv[2], peft_config=lora(0.2), callbacks=[Kill()], **{**WINDOW, "save_steps": 5}).train()
+"""
+
+
+def test_kill_minus_nine_and_resume(world, straight, tmp_path):
+    """Ten steps, `kill -9` in the eleventh, and a new process' resume to twenty equal twenty straight."""
+    command = [sys.executable, "-c", KILLED, world, str(tmp_path)]
+    killed = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    newest = newest_complete_checkpoint(tmp_path)
+    assert newest.name == "checkpoint-10"
+    assert json.loads((newest / "trainer_state.json").read_text())["global_step"] == 10
+    second = build(world, tmp_path, peft_config=lora(0.2), **{**WINDOW, "save_steps": 5})
+    second.train(resume_from_checkpoint=True)
+    assert_identical(parameters(straight), parameters(second))

@@ -1,0 +1,68 @@
+"""The private names of TRL that `_compat` uses, against the TRL that is installed."""
+
+import ast
+import inspect
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import trl
+from trl.trainer import grpo_trainer
+
+from hf_delta._compat import trl as compat
+
+
+@pytest.mark.parametrize("name", compat.SEAMS)
+def test_signatures_are_the_recorded_ones(name):
+    parameters = tuple(inspect.signature(getattr(trl.GRPOTrainer, name)).parameters)
+    assert parameters == compat.SEAMS[name], f"TRL changed GRPOTrainer.{name}: see hf_delta/_compat/trl.py"
+
+
+def test_every_private_override_is_recorded():
+    overridden = {n for n, f in vars(compat.GRPOHooks).items() if n.startswith("_") and inspect.isfunction(f)}
+    assert overridden <= compat.SEAMS.keys()
+
+
+@pytest.mark.parametrize("name", compat.ATTRIBUTES)
+def test_attributes_are_set_in_the_constructor(name):
+    assert f"self.{name} = " in inspect.getsource(trl.GRPOTrainer.__init__)
+
+
+def test_loss_types_are_the_ones_that_the_loss_compares_with():
+    tree = ast.parse(textwrap.dedent(inspect.getsource(grpo_trainer.GRPOTrainer._compute_loss)))
+    compared = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare) and ast.unparse(node.left) == "self.loss_type":
+            compared |= {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)}
+    assert compared == set(compat.GRPO_LOSS_TYPES)
+
+
+def test_rollouts_carry_what_the_trainer_reads():
+    source = inspect.getsource(trl.GRPOTrainer._generate_and_score_completions)
+    for key in ("completion_mask", "tool_mask", "advantages", "num_items_in_batch", "old_per_token_logps"):
+        assert f'"{key}"' in source
+
+
+@pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "2.0.0"])
+def test_another_trl_is_refused_with_what_to_install(version):
+    with pytest.raises(ImportError, match=r"pip install 'trl>=1.16.0,<1.17.0'"):
+        compat.require_supported_trl(version)
+
+
+def test_the_installed_trl_is_accepted_and_patch_releases_are():
+    compat.require_supported_trl()
+    compat.require_supported_trl("1.16.9")
+
+
+def test_a_wrong_trl_fails_at_import_of_the_trainer():
+    code = (
+        "import importlib.metadata as m; real = m.version;"
+        "m.version = lambda n: '1.15.2' if n == 'trl' else real(n);"
+        "from hf_delta import DeltaGRPOTrainer"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode != 0
+    assert (
+        "ImportError: hf_delta uses private methods of TRL" in run.stderr and "trl 1.15.2 is installed" in run.stderr
+    )

@@ -1,0 +1,100 @@
+"""The shape of the house: which way imports point, and where private names may stand."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "hf_delta"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+UPSTREAM = ("trl", "peft", "transformers", "accelerate")
+
+# Pure functions: tensors in, tensors out. They may import torch and numpy, and one another.
+FUNCTIONS = ["rl/weights", "evaluation/pass_at_k.py"]
+# Rooms from the ground up: a module may import from its own floor and from those before it.
+FLOORS = [
+    ["errors.py", "__init__.py"],
+    ["imports.py", "checkpoint.py", "_compat"],
+    ["rl/weights", "rl/rewards.py", "playground", "evaluation"],
+    ["rl/config.py"],
+    ["rl/trainer.py", "rl/__init__.py", "plot.py"],
+    ["recipe", "recipe.py", "data.py"],
+    ["train.py", "run"],
+    ["cli.py"],
+]
+
+
+def relative(path):
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def inside(path, rooms):
+    return any(relative(path) == room or relative(path).startswith(f"{room}/") for room in rooms)
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def module_path(name):
+    base = ROOT / Path(*name.split("."))
+    return base.with_suffix(".py") if base.with_suffix(".py").exists() else base / "__init__.py"
+
+
+def floor(path):
+    found = [i for i, rooms in enumerate(FLOORS) if inside(path, rooms)]
+    assert found, f"{relative(path)} stands on no floor: give it one in FLOORS"
+    return found[0]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=relative)
+def test_imports_point_down(path):
+    for name in imported(path):
+        if name.startswith("hf_delta.") and (target := module_path(name)).exists():
+            assert floor(target) <= floor(path), f"{relative(path)} imports {name}, which stands above it"
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if inside(p, FUNCTIONS)], ids=relative)
+def test_pure_functions_import_no_framework(path):
+    assert not [n for n in imported(path) if n.split(".")[0] in (*UPSTREAM, "datasets", "pandas")]
+
+
+@pytest.mark.parametrize("path", [p for p in MODULES if not inside(p, ["_compat"])], ids=relative)
+def test_private_upstream_names_stand_in_compat_only(path):
+    tree = ast.parse(path.read_text())
+    deep = [n for n in imported(path) if n.split(".")[0] in UPSTREAM and any(p.startswith("_") for p in n.split("."))]
+    assert not deep
+    own = {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
+    own |= {
+        t.attr
+        for n in ast.walk(tree)
+        for t in ast.walk(n)
+        if isinstance(t, ast.Attribute) and isinstance(t.ctx, ast.Store)
+    }
+    # Class attributes that TRL documents for subclasses.
+    own |= {"_tag_names", "_name", "_paper", "_template_file"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            assert node.attr in own, f"line {node.lineno}: .{node.attr} is not ours"
+
+
+def test_importing_the_package_is_cheap():
+    code = "import sys, hf_delta; print([m for m in ('torch', 'trl', 'peft', 'transformers', 'datasets') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_every_public_name_resolves():
+    import hf_delta
+
+    for name in hf_delta.__all__:
+        assert getattr(hf_delta, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        hf_delta.Nothing  # noqa: B018
