@@ -1,0 +1,115 @@
+"""Cases that run in two processes. A case is a function `(world, folder) -> dict`, and one line in `CASES`.
+
+Each process returns its own dict; `test_two_processes.py` compares them with each other and with one process.
+"""
+
+from functools import partial
+
+import trl
+from torch.distributed.tensor import DTensor
+
+from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer
+from tests.distributed.fsdp_on_cpu import FSDP2, fsdp_on_cpu
+from tests.rl.frozen import GENERATIONS, PROMPTS, GradientRecorder, frozen_rollouts
+from tests.rl.test_resume import StopAt
+from tests.rl.test_trainer import build, lora
+
+
+FROZEN = {
+    "loss_type": "delta_l",
+    "delta_l_alpha": 0.75,
+    "delta_l_scope": "group",
+    "mask_truncated_completions": True,
+    "rollout_func": partial(frozen_rollouts, fraction_truncated=0.3),
+    "learning_rate": 0.0,
+    "optim": "sgd",
+}
+# A group of 4 spans both processes: each holds 2 of every 4 rows in a row.
+ROWS = PROMPTS * GENERATIONS // 2
+LEARNING = {
+    "loss_type": "delta_l",
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "steps_per_generation": 4,
+    "num_iterations": 2,
+    "max_steps": 6,
+    "learning_rate": 3e-3,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+
+
+def full(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def trained(trainer):
+    """Trained parameters, gathered (a collective), under the names of the unwrapped model."""
+    return {n: full(p) for n, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def frozen_gradient(world, folder, **changes):
+    recorder = GradientRecorder()
+    trainer = build(world, folder, per_device_train_batch_size=ROWS, callbacks=[recorder], **{**FROZEN, **changes})
+    trainer.train()
+    return {
+        "sharded": trainer.accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "gradient": {n: full(g) for n, g in recorder.gradients[0].items()},
+    }
+
+
+def what_a_rule_sees(world, folder):
+    trainer = build(
+        world,
+        folder,
+        per_device_train_batch_size=8,
+        steps_per_generation=2,
+        max_steps=2,
+        rollout_func=frozen_rollouts,
+        advantage_transforms=["tests.rl.test_trainer.CountingRule"],
+    )
+    trainer.train()
+    return {"batch": vars(trainer.advantage_transforms[0].batches[0])}
+
+
+def features_off(world, folder):
+    settings = {**LEARNING, "loss_type": "dapo", "save_strategy": "no"}
+    theirs = build(world, folder / "theirs", trl.GRPOTrainer, trl.GRPOConfig, **settings)
+    theirs.train()
+    ours = build(world, folder / "ours", DeltaGRPOTrainer, DeltaGRPOConfig, **settings)
+    ours.train()
+    return {"theirs": trained(theirs), "ours": trained(ours)}
+
+
+def resume(world, folder, cut=3, **changes):
+    """A window is 4 optimizer steps of 2 micro-batches, so step 3 lies inside one."""
+    settings = {**LEARNING, **changes}
+    straight = build(world, folder / "straight", peft_config=lora(0.2), **settings)
+    straight.train()
+    build(world, folder / "cut", peft_config=lora(0.2), callbacks=[StopAt(cut)], **settings).train()
+    again = build(world, folder / "cut", peft_config=lora(0.2), **settings)
+    again.train(resume_from_checkpoint=True)
+    return {
+        "sharded": again.accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in again.model.parameters()),
+        "steps": again.state.global_step,
+        "straight": trained(straight),
+        "resumed": trained(again),
+    }
+
+
+def under_fsdp2(case):
+    def run(world, folder):
+        with fsdp_on_cpu():
+            return case(world, folder, **FSDP2)
+
+    return run
+
+
+CASES = {
+    "delta_l": frozen_gradient,
+    "rule": what_a_rule_sees,
+    "features_off": features_off,
+    "resume": resume,
+    "delta_l_fsdp2": under_fsdp2(frozen_gradient),
+    "resume_fsdp2": under_fsdp2(resume),
+}

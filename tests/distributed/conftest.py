@@ -1,0 +1,54 @@
+"""One launch of two processes for all tests of this folder."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.rl.frozen import build_world
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def two_processes(world, tmp_path_factory):
+    """Runs every case once and returns `case -> [result of rank 0, result of rank 1]`."""
+    out = tmp_path_factory.mktemp("two_processes")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # `--cpu --num_processes 2` would start one process; `--multi_gpu` starts two, and `use_cpu` puts them on gloo.
+    command = [
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *(
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            str(port),
+        ),
+        *("-m", "tests.distributed.worker", str(out), world),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+
+    def results(case):
+        paths = [out / case / f"result_{rank}.pt" for rank in (0, 1)]
+        if not all(p.exists() for p in paths):
+            pytest.fail(f"The case {case} left no result (exit {launch.returncode}):\n{launch.stderr[-5000:]}")
+        found = [torch.load(p, weights_only=False) for p in paths]
+        for rank, result in enumerate(found):
+            assert "error" not in result, f"rank {rank}:\n{result['error']}"
+            assert result["num_processes"] == 2
+        return found
+
+    return results

@@ -1,0 +1,58 @@
+"""Two processes over gloo against one, and against each other."""
+
+import pytest
+import torch
+
+from tests.distributed.cases import FROZEN, LEARNING, ROWS
+from tests.rl.frozen import GENERATIONS, PROMPTS, GradientRecorder, frozen_rollouts
+from tests.rl.test_trainer import assert_identical, build
+
+
+@pytest.fixture(scope="module")
+def one_process_gradient(world, tmp_path_factory):
+    recorder = GradientRecorder()
+    build(
+        world, tmp_path_factory.mktemp("one"), per_device_train_batch_size=2 * ROWS, callbacks=[recorder], **FROZEN
+    ).train()
+    return recorder.gradients[0]
+
+
+@pytest.mark.parametrize("case", ["delta_l", "delta_l_fsdp2"])
+def test_gradient_of_two_processes_is_that_of_one(two_processes, one_process_gradient, case):
+    ranks = two_processes(case)
+    assert [r["sharded"] for r in ranks] == [case == "delta_l_fsdp2"] * 2
+    assert max(g.abs().max().item() for g in one_process_gradient.values()) > 1e-3
+    for rank in ranks:
+        assert rank["gradient"].keys() == one_process_gradient.keys()
+        for name, gradient in one_process_gradient.items():
+            torch.testing.assert_close(rank["gradient"][name], gradient, rtol=0, atol=1e-6)
+
+
+def test_a_rule_sees_the_whole_batch_on_both_ranks_as_in_one_process(world, two_processes, tmp_path):
+    trainer = build(world, tmp_path, advantage_transforms=["tests.rl.test_trainer.CountingRule"],
+                    rollout_func=frozen_rollouts, per_device_train_batch_size=16, steps_per_generation=2, max_steps=2)  # fmt: skip
+    trainer.train()
+    rule = trainer.advantage_transforms[0]
+    alone = vars(rule.batches[0])
+    for rank in two_processes("rule"):
+        seen = rank["batch"]
+        assert len(seen["prompt_ids"]) == PROMPTS * GENERATIONS and seen["prompt_ids"] == alone["prompt_ids"]
+        for field in ("group_ids", "lengths", "rewards", "reward", "correct", "mask"):
+            assert torch.equal(seen[field], alone[field]), field
+        torch.testing.assert_close(seen["advantages"], alone["advantages"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(seen["logps"] * seen["mask"], alone["logps"] * alone["mask"], rtol=0, atol=1e-5)
+
+
+def test_with_our_features_off_two_processes_are_bit_identical_to_trl(two_processes):
+    for rank in two_processes("features_off"):
+        assert_identical(rank["theirs"], rank["ours"])
+
+
+@pytest.mark.parametrize("case", ["resume", "resume_fsdp2"])
+def test_two_processes_resume_bit_for_bit_inside_a_window(two_processes, case):
+    ranks = two_processes(case)
+    assert [r["sharded"] for r in ranks] == [case == "resume_fsdp2"] * 2
+    for rank in ranks:
+        assert rank["steps"] == LEARNING["max_steps"]
+        assert_identical(rank["straight"], rank["resumed"])
+    assert_identical(ranks[0]["resumed"], ranks[1]["resumed"])
