@@ -3,14 +3,13 @@
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-
-MAX_LENGTH = 256
+from hf_delta.playground.tokenizer import MAX_LENGTH
 
 
 def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
     """An untrained model for the tokenizer, in float32 on the CPU (132,800 parameters for a vocabulary of 21).
 
-    Torch's global random state is left as it was.
+    The global random states are left as it was.
     """
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -27,5 +26,6 @@ def build_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausal
         bos_token_id=tokenizer.bos_token_id,
     )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.manual_seed(seed)
+        # torch.manual_seed would seed the accelerators too, whose state is not restored here.
+        torch.default_generator.manual_seed(seed)
         return Qwen3ForCausalLM(config)

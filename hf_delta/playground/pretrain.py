@@ -65,8 +65,8 @@ def pretrain(
     ]
     schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _lr_factor(step, steps)) for o in optimizers]
     model.train()
-    for batch in _batches(task, tokenizer, seed, steps):
-        loss = _loss(model, *batch)
+    for batch in batches(task, tokenizer, seed, steps):
+        loss = response_loss(model, *batch)
         loss.backward()
         clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, scheduler in zip(optimizers, schedulers):
@@ -82,30 +82,32 @@ def _lr_factor(step: int, steps: int) -> float:
     return warm * min(1.0, 1 - 0.98 * (step - steps / 2) / (steps / 2))
 
 
-def _loss(model: PreTrainedModel, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def response_loss(model: PreTrainedModel, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean negative log-likelihood of the targets `(B, T)` that are not `IGNORED`, in nats per token."""
     # Padding is on the right, where a causal model does not see it: no attention mask, hence the fast kernel.
     logits = model(input_ids=tokens, use_cache=False).logits
     return cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
 
 
-def _batches(
+def batches(
     task: Task, tokenizer: PreTrainedTokenizerBase, seed: int, steps: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yields `steps` pairs of tokens and next-token targets, `(B, T)` each, of responses of similar length."""
     source = demonstrations(task, seed)
     rng = Random(f"{task.name} order {seed}")
     for start in range(0, steps, BUCKET_BATCHES):
-        batches = min(BUCKET_BATCHES, steps - start)
-        rows = [next(source) for _ in range(batches * BATCH_SIZE)]
+        count = min(BUCKET_BATCHES, steps - start)
+        rows = [next(source) for _ in range(count * BATCH_SIZE)]
         prompts = tokenizer([problem.prompt for problem, _ in rows])["input_ids"]
         responses = tokenizer([response + tokenizer.eos_token for _, response in rows])["input_ids"]
         pairs = sorted(zip(prompts, responses), key=lambda pair: len(pair[0]) + len(pair[1]))
-        order = rng.sample(range(batches), batches)
+        order = rng.sample(range(count), count)
         for index in order:
-            yield _collate(pairs[index * BATCH_SIZE : (index + 1) * BATCH_SIZE], tokenizer.pad_token_id)
+            yield collate(pairs[index * BATCH_SIZE : (index + 1) * BATCH_SIZE], tokenizer.pad_token_id)
 
 
-def _collate(pairs: list[tuple[list[int], list[int]]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+def collate(pairs: list[tuple[list[int], list[int]]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and next-token targets, `(B, T)` each, of (prompt, response) token lists; padded on the right."""
     length = max(len(prompt) + len(response) for prompt, response in pairs)
     tokens = torch.full((len(pairs), length), pad_token_id)
     targets = torch.full((len(pairs), length), IGNORED)

@@ -4,6 +4,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 
+MAX_LENGTH = 256
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")
 
 # Messages are joined without role markers, so a conversational prompt has the same tokens as the plain one.
@@ -33,6 +34,6 @@ def build_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
-        model_max_length=256,
+        model_max_length=MAX_LENGTH,
         chat_template=CHAT_TEMPLATE,
     )
