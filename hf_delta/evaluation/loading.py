@@ -1,0 +1,75 @@
+"""Model and tokenizer for an evaluation, from what a run or anyone else saved."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_delta.errors import InputError
+
+
+def load_model_and_tokenizer(
+    model: str | Path, adapter: str | Path | None = None, device: str | None = None
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
+    """Load a model, with a PEFT adapter on it if there is one, and the tokenizer that was saved last.
+
+    Code that comes with a model is not run (`trust_remote_code` is off).
+
+    Args:
+        model (`str` or `Path`): a model directory or hub name, or a PEFT adapter directory, whose `adapter_config.json`
+            then names the base.
+        adapter (`str` or `Path`, *optional*): a PEFT adapter directory for `model`.
+        device (`str`, *optional*): as in `torch.device`; `cuda` if there is one, else `cpu`, by default.
+
+    Raises:
+        InputError: if something is missing, cannot be loaded, or both arguments are adapters.
+    """
+    base, adapter = _base_and_adapter(model, adapter)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    tokenizer = _load(AutoTokenizer, adapter if has_tokenizer else base, "tokenizer")
+    network = _load(AutoModelForCausalLM, base, "model")
+    if adapter is not None:
+        if len(tokenizer) > network.get_input_embeddings().num_embeddings:
+            # As at the time of training: new tokens came with the adapter.
+            network.resize_token_embeddings(len(tokenizer))
+        try:
+            network = PeftModel.from_pretrained(network, str(adapter))
+        except Exception as error:
+            raise InputError(f"The adapter in {adapter} does not load onto {base}: {error}") from error
+    try:
+        return network.to(device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The model does not go to device {device!r}: {error}") from error
+
+
+def _base_and_adapter(model: str | Path, adapter: str | Path | None) -> tuple[str, Path | None]:
+    config = Path(model) / "adapter_config.json"
+    # A directory of a model and its adapter counts as the model, as in transformers.
+    is_adapter = config.is_file() and not (Path(model) / "config.json").is_file()
+    if not is_adapter:
+        if adapter is not None and not (Path(adapter) / "adapter_config.json").is_file():
+            raise InputError(f"{adapter} is no PEFT adapter: it has no adapter_config.json.")
+        return str(model), None if adapter is None else Path(adapter)
+    if adapter is not None:
+        raise InputError(f"{model} and {adapter} are both adapters; give the base model and one adapter.")
+    try:
+        base = json.loads(config.read_text())["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{config} cannot be read ({error!r}).") from error
+    if not base:
+        raise InputError(f"{config} names no base model: give the base as the model and {model} as its adapter.")
+    return base, Path(model)
+
+
+def _load(auto: Any, path: str | Path, what: str) -> Any:
+    local = Path(path).is_dir()
+    try:
+        return auto.from_pretrained(str(path), trust_remote_code=False)
+    except Exception as error:
+        where = "the directory" if local else "no such directory here; as a hub name"
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"No {what} could be loaded from {path} ({where}: {reason}).") from error

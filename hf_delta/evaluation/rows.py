@@ -1,0 +1,104 @@
+"""Evaluation problems: read, checked before any model is loaded, and told apart from other problems."""
+
+import json
+import re
+from collections.abc import Iterable
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from hf_delta.errors import InputError
+
+
+NO_LEVEL = "all"
+
+
+def load_rows(path: str | Path) -> list[dict[str, Any]]:
+    """Read problems from a JSON lines file, see [`checked_rows`] for what a row holds.
+
+    Raises:
+        InputError: if the file is missing, holds no row, or a line is not a JSON object or not a problem.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"Evaluation data {path} cannot be read ({error}). Give a JSON lines file.") from error
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, row {number}: not JSON ({error}). Each line is one JSON object.") from error
+    return checked_rows(rows, str(path))
+
+
+def checked_rows(rows: Iterable[dict[str, Any]], source: str = "the evaluation data") -> list[dict[str, Any]]:
+    """Copies of the rows with `level` and `prompt_id` always there, as strings.
+
+    A row has `prompt` (a string, or a list of messages for the chat template) and `answer`; `level` (in all rows or in
+    none) and `prompt_id` (unique) are optional. All other columns are left for the reward function.
+
+    Args:
+        rows (iterable of `dict`): a `datasets.Dataset` will do.
+        source (`str`, *optional*): what to call them in messages.
+
+    Raises:
+        InputError: if there is no row, or a row lacks something, or an identifier occurs twice.
+    """
+    rows = [_checked_row(row, number, source) for number, row in enumerate(rows, start=1)]
+    if not rows:
+        raise InputError(f"{source} holds no rows: there is nothing to evaluate.")
+    levelled = [row.get("level") is not None for row in rows]
+    if any(levelled) and not all(levelled):
+        raise InputError(f"{source}, row {levelled.index(False) + 1}: no `level`, but other rows have one.")
+    seen: dict[str, int] = {}
+    for number, row in enumerate(rows, start=1):
+        row["level"] = str(row["level"]) if all(levelled) else NO_LEVEL
+        identifier = row.get("prompt_id")
+        row["prompt_id"] = str(number if identifier is None else identifier)
+        if row["prompt_id"] in seen:
+            raise InputError(
+                f"{source}, row {number}: prompt_id {row['prompt_id']!r} is that of row {seen[row['prompt_id']]} too; "
+                "make them unique or leave the column out."
+            )
+        seen[row["prompt_id"]] = number
+    return rows
+
+
+def fingerprint(rows: list[dict[str, Any]]) -> str:
+    """16 hexadecimal digits that are equal for equal rows in the same order, wherever they lie."""
+    try:
+        text = json.dumps(rows, sort_keys=True, ensure_ascii=False)
+    except TypeError as error:
+        raise InputError(f"Evaluation rows hold something that JSON cannot ({error}).") from error
+    return sha256(text.encode()).hexdigest()[:16]
+
+
+def natural_key(level: str) -> list[tuple[bool, int, str]]:
+    """Sort key under which `add2` comes before `add10`."""
+    return [
+        (not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", level) if part
+    ]
+
+
+def _checked_row(row: Any, number: int, source: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise InputError(f"{source}, row {number}: a {type(row).__name__} where a JSON object should be.")
+    for key in ("prompt", "answer"):
+        value = row.get(key)
+        if (
+            value is None
+            or (isinstance(value, str | list) and not value)
+            or (isinstance(value, str) and not value.strip())
+        ):
+            raise InputError(f"{source}, row {number}: `{key}` is {'empty' if key in row else 'missing'}.")
+    prompt = row["prompt"]
+    messages = isinstance(prompt, list) and all(isinstance(m, dict) and "role" in m and "content" in m for m in prompt)
+    if not isinstance(prompt, str) and not messages:
+        raise InputError(
+            f"{source}, row {number}: `prompt` must be a string or a list of messages with role and content."
+        )
+    return dict(row)

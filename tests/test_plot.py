@@ -1,0 +1,158 @@
+import json
+
+import pytest
+from matplotlib.image import imread
+
+from hf_delta.errors import InputError
+from hf_delta.evaluation.report import Problem, Report
+from hf_delta.plot import plot_run, run_figure
+
+
+def grpo_log(steps):
+    return [
+        {
+            "step": step,
+            "reward": 0.3 + 0.01 * step,
+            "reward_std": 0.2,
+            "pass_rate/add10": 0.1,
+            "pass_rate/add2": None if step % 2 else 0.9,
+            "completions/mean_length": 10.0 + step,
+            "completions/min_length": 3.0,
+            "completions/max_length": 38.0,
+            "completions/clipped_ratio": 0.25,
+            "weights/mean": 1.0,
+            "weights/std": 0.5,
+            "weights/min": 0.2,
+            "weights/max": 3.0,
+            "loss": 1e-9,
+            "entropy": float("nan"),
+            "grad_norm": 0.1,
+        }
+        for step in range(1, steps + 1)
+    ] + [{"step": steps, "train_runtime": 3.0, "train_loss": 0.0}]
+
+
+def write_state(directory, log, global_step=None):
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {"global_step": global_step or log[-1]["step"], "log_history": log}
+    (directory / "trainer_state.json").write_text(json.dumps(state))
+
+
+def write_report(run_dir, name, correct, **fields):
+    settings = {"ks": [1, 8], "samples": 8, "temperature": 1.0, "max_new_tokens": 8, "reward": "r"}
+    problems = [Problem(f"{level}/{c}", level, 8, c, 0, 5.0) for level, counts in correct.items() for c in counts]
+    Report(**{"settings": settings, "fingerprint": "f", "problems": problems, **fields}).save(
+        run_dir / f"eval_{name}.json"
+    )
+
+
+def panels(run_dir):
+    return {axes.get_title(): axes for axes in run_figure(run_dir).axes if axes.get_title()}
+
+
+def labels(axes):
+    return [entry.get_text() for entry in axes.get_legend().get_texts()]
+
+
+def test_a_grpo_run(tmp_path):
+    write_state(tmp_path, grpo_log(40))
+    write_report(tmp_path, "before", {"add2": [3, 4], "add10": [0, 0]})
+    write_report(tmp_path, "after", {"add2": [8, 7], "add10": [0, 1]})
+    shown = panels(tmp_path)
+    # No loss beside a reward, and no entropy because it was never a number.
+    assert list(shown) == [
+        "Reward",
+        "Pass rate of training rollouts",
+        "Completion length",
+        "Sequence weights",
+        "Gradient norm",
+        "Held-out pass@1, 95 % intervals",
+        "Held-out pass@8, 95 % intervals",
+    ]
+    assert labels(shown["Pass rate of training rollouts"]) == ["add2", "add10"]
+    assert labels(shown["Completion length"]) == ["mean", "min to max", "cut (right)"]
+    assert labels(shown["Sequence weights"]) == ["min to max", "mean", "std"]
+    bars = shown["Held-out pass@1, 95 % intervals"]
+    assert [tick.get_text() for tick in bars.get_xticklabels()] == ["add2", "add10", "mean"]
+    before, after = bars.containers[1], bars.containers[3]
+    assert [bar.get_height() for bar in before] == pytest.approx([7 / 16, 0, 7 / 32])
+    assert [bar.get_height() for bar in after] == pytest.approx([15 / 16, 1 / 16, 1 / 2])
+    assert all(axes.get_ylabel() and axes.get_xlabel() for axes in shown.values())
+
+
+def test_points_are_raw_and_lines_are_moving_averages(tmp_path):
+    write_state(tmp_path, [{"step": s, "reward": float(s % 2), "reward_std": 0.0} for s in range(1, 61)])
+    axes = panels(tmp_path)["Reward"]
+    (line,) = axes.get_lines()
+    assert list(line.get_xdata()) == list(range(1, 61))
+    assert all(0.4 < y < 0.6 for y in line.get_ydata()[6:-6])
+    points = [c for c in axes.collections if len(c.get_offsets()) == 60]
+    assert set(points[0].get_offsets()[:, 1]) == {0.0, 1.0}
+    # A mean of a constant is that constant, at the ends too.
+    write_state(tmp_path, [{"step": s, "grad_norm": 2.0} for s in range(1, 61)])
+    assert list(panels(tmp_path)["Gradient norm"].get_lines()[0].get_ydata()) == pytest.approx([2.0] * 60)
+
+
+def test_few_points_are_drawn_as_they_are(tmp_path):
+    log = [{"step": s, "loss": 3.0 / s, "mean_token_accuracy": 0.5} for s in (1, 2)] + [{"step": 2, "eval_loss": 1.4}]
+    write_state(tmp_path, log)
+    shown = panels(tmp_path)
+    assert list(shown) == ["Token accuracy", "Loss"]
+    assert [list(line.get_ydata()) for line in shown["Loss"].get_lines()] == [[3.0, 1.5], [1.4]]
+    assert labels(shown["Loss"]) == ["training", "evaluation"]
+
+
+def test_a_dpo_run(tmp_path):
+    keys = ("rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "loss")
+    write_state(tmp_path, [{"step": s, **dict.fromkeys(keys, 0.5)} for s in range(1, 30)])
+    shown = panels(tmp_path)
+    assert list(shown) == ["Preference accuracy", "Preference margin", "Loss"]
+    assert labels(shown["Preference margin"]) == ["chosen", "rejected", "margin"]
+
+
+def test_the_newest_readable_state_is_drawn(tmp_path, caplog):
+    write_state(tmp_path, grpo_log(3))
+    write_state(tmp_path / "checkpoint-9", grpo_log(9))
+    write_state(tmp_path / "checkpoint-10", grpo_log(10))
+    (tmp_path / "checkpoint-11").mkdir()
+    (tmp_path / "checkpoint-11" / "trainer_state.json").write_text('{"global_step": 11, "log_hi')
+    assert len(panels(tmp_path)["Reward"].get_lines()[0].get_xdata()) == 10
+    assert "checkpoint-11" in caplog.text
+
+
+def test_an_evaluation_alone(tmp_path):
+    write_report(tmp_path, "before", {"all": [3, 4]})
+    shown = panels(tmp_path)
+    assert list(shown) == ["Held-out pass@1, 95 % intervals", "Held-out pass@8, 95 % intervals"]
+    bars = shown["Held-out pass@1, 95 % intervals"]
+    assert [tick.get_text() for tick in bars.get_xticklabels()] == ["all"]
+    assert labels(bars) == ["before"]
+
+
+def test_files(tmp_path):
+    write_state(tmp_path / "run", grpo_log(5))
+    assert plot_run(tmp_path / "run") == tmp_path / "run" / "curves.png"
+    picture = imread(tmp_path / "run" / "curves.png")
+    assert picture.shape[0] > 500 and picture.std() > 0.05
+    plot_run(tmp_path / "run", tmp_path / "new" / "curves.svg")
+    assert (tmp_path / "new" / "curves.svg").read_text().startswith("<?xml")
+    with pytest.raises(InputError, match="must end in .png"):
+        plot_run(tmp_path / "run", tmp_path / "curves.jpeg")
+
+
+def test_nothing_to_plot(tmp_path):
+    message = "Nothing to plot in .*looked for logged values in trainer_state.json .*eval_before.json"
+    for directory in (tmp_path, tmp_path / "none"):
+        with pytest.raises(InputError, match=message):
+            plot_run(directory)
+    write_state(tmp_path, [{"step": 1, "train_runtime": 3.0}])
+    with pytest.raises(InputError, match=message):
+        plot_run(tmp_path)
+    assert not (tmp_path / "curves.png").exists()
+
+
+def test_reports_that_do_not_belong_together(tmp_path):
+    write_report(tmp_path, "before", {"all": [3, 4]})
+    write_report(tmp_path, "after", {"all": [3, 4]}, fingerprint="g")
+    with pytest.raises(InputError, match="of different problems"):
+        plot_run(tmp_path)
