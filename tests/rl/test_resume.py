@@ -208,3 +208,19 @@ def test_kill_minus_nine_and_resume(world, straight, tmp_path):
     second = build(world, tmp_path, peft_config=lora(0.2), **{**WINDOW, "save_steps": 5})
     second.train(resume_from_checkpoint=True)
     assert_identical(parameters(straight), parameters(second))
+
+
+def test_our_files_are_there_when_trl_pushes_and_rotates(world, tmp_path, monkeypatch):
+    """Hub push and rotation happen inside TRL's own saving, so the files must have been written before."""
+    from transformers import Trainer
+
+    pushed = []
+    monkeypatch.setattr(
+        Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append(sorted(os.listdir(folder)))
+    )
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **_: None)
+    trainer = build(world, tmp_path, **{**WINDOW, "max_steps": 3, "save_total_limit": 1, "push_to_hub": True})
+    trainer.train()
+    assert len(pushed) == 3 and all(STATE_FILE in files for files in pushed)
+    assert "hf_delta_rollouts_0.safetensors" in pushed[0]
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
