@@ -63,7 +63,7 @@ def pretrain(
         Muon(matrices, lr=MATRIX_LR),
         torch.optim.AdamW(others, lr=OTHER_LR, betas=(0.9, 0.98), weight_decay=0.01, foreach=True),
     ]
-    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: _lr_factor(step, steps)) for o in optimizers]
+    schedulers = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: lr_factor(step, steps)) for o in optimizers]
     model.train()
     for batch in batches(task, tokenizer, seed, steps):
         loss = response_loss(model, *batch)
@@ -77,7 +77,8 @@ def pretrain(
     model.eval()
 
 
-def _lr_factor(step: int, steps: int) -> float:
+def lr_factor(step: int, steps: int) -> float:
+    """What the learning rates of a step, counted from 0, are multiplied by."""
     warm = min(1.0, (step + 1) / min(WARMUP_STEPS, max(1, steps // 4)))
     return warm * min(1.0, 1 - 0.98 * (step - steps / 2) / (steps / 2))
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import load_dataset
+from transformers.utils.logging import is_progress_bar_enabled
 
 from hf_delta.errors import InputError
 from hf_delta.playground import build, build_playground
@@ -73,15 +74,18 @@ def test_held_out_problems_are_in_the_evaluation_file_only(playground):
     assert not any(crc32(prompt.removesuffix(":").encode()) % 5 for prompt in evaluation)
 
 
-def test_same_seed_same_bytes_whatever_the_process_did_before(playground, tmp_path):
-    random.seed(1)
-    torch.manual_seed(1)
+@pytest.fixture
+def two_threads():
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        again = build_playground(tmp_path / "again", pretrain_steps=20, progress=False)
-    finally:
-        torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_same_seed_same_bytes_whatever_the_process_did_before(playground, tmp_path, two_threads):
+    random.seed(1)
+    torch.manual_seed(1)
+    again = build_playground(tmp_path / "again", pretrain_steps=20, progress=False)
     expected, found = file_bytes(playground), file_bytes(again)
     assert expected.keys() == found.keys()
     assert [name for name in expected if expected[name] != found[name]] == []
@@ -98,16 +102,23 @@ def test_another_seed_gives_another_model_and_other_problems(playground, tmp_pat
     }
 
 
-def test_state_of_the_process_is_left_alone_and_nothing_is_printed(tmp_path, capfd):
+def test_state_of_the_process_is_left_alone_and_nothing_is_printed(tmp_path, capfd, two_threads):
     python, numpy_, torch_ = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    threads = torch.get_num_threads()
     build_playground(tmp_path / "out", pretrain_steps=2, progress=False)
     assert random.getstate() == python
     assert str(np.random.get_state()) == str(numpy_)
     assert torch.equal(torch.get_rng_state(), torch_)
-    assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
+    assert is_progress_bar_enabled()
     assert sorted(os.listdir(tmp_path)) == ["out"]
     assert capfd.readouterr() == ("", "")
+
+
+def test_pretraining_uses_one_thread(tmp_path, monkeypatch, two_threads):
+    used = []
+    monkeypatch.setattr(build, "pretrain", lambda *args, **kwargs: used.append(torch.get_num_threads()))
+    build_playground(tmp_path / "out", pretrain_steps=2, progress=False)
+    assert used == [1]
 
 
 def test_progress_is_shown_on_the_error_stream(tmp_path, capfd):

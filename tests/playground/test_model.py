@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from hf_delta.playground import TASKS, build_playground
 from hf_delta.playground.model import build_model
 from hf_delta.playground.muon import Muon, orthogonalise
-from hf_delta.playground.pretrain import batches, collate, demonstrations, pretrain, response_loss
+from hf_delta.playground.pretrain import batches, collate, demonstrations, lr_factor, pretrain, response_loss
 from tests.playground.helpers import read_rows
 
 
@@ -41,7 +41,7 @@ def test_every_character_is_a_token_and_comes_back(playground, tokenizer):
 
 
 def test_characters_outside_the_alphabet_are_unknown(tokenizer):
-    assert tokenizer.tokenize("1\n2x é") == ["1", "<unk>", "2", "<unk>", "<unk>", "<unk>"]
+    assert tokenizer.tokenize("1\n\n2x é") == ["1", "<unk>", "<unk>", "2", "<unk>", "<unk>", "<unk>"]
     assert tokenizer("1<eos>")["input_ids"][-1] == tokenizer.eos_token_id
 
 
@@ -89,6 +89,21 @@ def test_batches_hold_the_demonstrations_and_nothing_else(tokenizer):
     assert len(made) == steps
     texts = [text.replace("<pad>", "") for tokens, _ in made for text in tokenizer.batch_decode(tokens)]
     assert sorted(texts) == expected
+
+
+def test_the_seed_decides_the_first_weights(tokenizer):
+    weights = [build_model(tokenizer, seed).model.embed_tokens.weight for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_learning_rates_warm_up_stay_and_fall():
+    factors = [lr_factor(step, 750) for step in range(750)]
+    assert factors[:30] == pytest.approx([step / 30 for step in range(1, 31)])
+    assert set(factors[30:375]) == {1.0}
+    assert factors[375:] == pytest.approx([1 - 0.98 * i / 375 for i in range(375)])
+    # A short run warms up for a quarter of it.
+    assert [lr_factor(step, 8) for step in range(5)] == [0.5, 1, 1, 1, 1]
 
 
 def test_pretraining_lowers_the_loss(tokenizer):
