@@ -1,0 +1,163 @@
+"""The command `hf-delta`."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.text import Text
+
+from hf_delta import __version__
+from hf_delta.errors import InputError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `hf-delta`; returns the exit status: 0, or 2 for bad input."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.command(arguments) or 0
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Commands import what they need when they run, so that `--help` imports neither torch nor transformers."""
+    parser = argparse.ArgumentParser(
+        prog="hf-delta", description="Post-training methods that TRL and PEFT do not have.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"hf_delta {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = _command(commands, "run", _run, "train a recipe: check, train, evaluate, save")
+    run.usage = "hf-delta run RECIPE [--key value ...]"
+    run.epilog = "Every key of a recipe is a flag; `hf-delta keys RECIPE` lists those that a recipe can have."
+    run.add_argument("recipe", help="a file, or a name that `hf-delta recipes` lists")
+    run.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="keys of the recipe to change")
+
+    _command(commands, "recipes", _recipes, "list the recipes that come with hf_delta")
+
+    keys = _command(commands, "keys", _keys, "list the keys that a recipe can have")
+    keys.add_argument("trainer", help="sft, dpo or grpo, or a recipe")
+
+    playground = _command(commands, "playground", _playground, "build a tiny model with data to try things on")
+    playground.add_argument("--out", required=True, help="directory to build")
+    playground.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    playground.add_argument(
+        "--task", default="addition", help="task family, or the dotted path of one (default: %(default)s)"
+    )
+
+    _add_eval(commands)
+
+    plot = _command(commands, "plot", _plot, "draw the curves of a run")
+    plot.add_argument("run_dir", help="output_dir of a run")
+    plot.add_argument("--out", help="PNG to write (default: curves.png in RUN_DIR)")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction, name: str, function: Callable, help: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "eval", _eval, "measure pass@k of a model, with 95 % intervals")
+    parser.add_argument("--model", required=True, help="model directory or hub id, or an adapter that names its base")
+    parser.add_argument("--adapter", help="PEFT adapter to put on the model")
+    parser.add_argument("--data", required=True, help="JSON lines with prompt, answer and, if there are any, level")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 8], help="each k of pass@k (default: 1 8)")
+    parser.add_argument("--samples", type=int, help="answers per problem (default: the largest k)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="(default: %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=256, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+    parser.add_argument("--reward", default="playground_reward", help="reward function that judges, as in a recipe")
+    parser.add_argument("--device", help="(default: cuda if there is one, else cpu)")
+    parser.add_argument("--out", help="JSON report to write (default: eval.json beside the model)")
+    parser.add_argument("--overwrite", action="store_true", help="replace that report if it exists")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from hf_delta.train import main as train
+
+    return train([arguments.recipe, *arguments.overrides])
+
+
+def _recipes(arguments: argparse.Namespace) -> None:
+    from hf_delta.recipe.find import list_recipes, shipped
+
+    recipes = list_recipes()
+    width = max(map(len, recipes), default=0)
+    for name, summary in recipes.items():
+        print(f"{name:<{width}}  {summary}")
+    print(f"\nRecipes lie in {shipped('recipes')}")
+    print(f"Configurations for accelerate launch lie in {shipped('accelerate_configs')}")
+
+
+def _playground(arguments: argparse.Namespace) -> None:
+    from hf_delta.playground import build_playground
+
+    path = build_playground(arguments.out, seed=arguments.seed, task=arguments.task)
+    print(f"Playground in {path}")
+
+
+def _keys(arguments: argparse.Namespace) -> None:
+    from hf_delta.recipe.keys import key_groups
+
+    console = Console(highlight=False)
+    for title, rows in key_groups(arguments.trainer).items():
+        console.print(f"[bold]{title}[/bold]")
+        for key, kind, default, meaning in rows:
+            console.print(Text.assemble("  ", (key, "bold"), f": {kind}", f"; {default}" if default else ""))
+            if meaning:
+                console.print(Padding(Text(meaning, style="dim"), (0, 0, 0, 6)))
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    out = _report_path(arguments)
+    from hf_delta.evaluation import evaluate_files
+    from hf_delta.recipe.rewards import resolve_reward
+
+    report = evaluate_files(
+        arguments.model,
+        arguments.data,
+        adapter=arguments.adapter,
+        ks=arguments.k,
+        samples=max(arguments.k) if arguments.samples is None else arguments.samples,
+        temperature=arguments.temperature,
+        max_new_tokens=arguments.max_new_tokens,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        reward=resolve_reward(arguments.reward, key="--reward"),
+        device=arguments.device,
+    )
+    report.save(out, overwrite=arguments.overwrite)
+    Console().print(report.table())
+    print(f"Report in {out}")
+
+
+def _report_path(arguments: argparse.Namespace) -> Path:
+    """Where the report goes, refused before hours of sampling rather than after."""
+    directory = Path(arguments.adapter or arguments.model)
+    if arguments.out is None and not directory.is_dir():
+        raise InputError(f"--out: {directory} is no directory here; say where the report is to go.")
+    out = directory / "eval.json" if arguments.out is None else Path(arguments.out)
+    if out.exists() and not arguments.overwrite:
+        raise InputError(f"{out} exists: give another --out, or --overwrite.")
+    return out
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from hf_delta.plot import plot_run
+
+    print(f"Curves in {plot_run(arguments.run_dir, arguments.out)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

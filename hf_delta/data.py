@@ -1,0 +1,204 @@
+"""Rows for training and evaluation: loading, renaming and checking, with the place of every bad row."""
+
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from hf_delta.errors import InputError
+from hf_delta.recipe.arguments import DataArguments
+from hf_delta.recipe.fields import suggest
+from hf_delta.recipe.rewards import columns_needed
+
+
+logger = logging.getLogger(__name__)
+
+# A leading underscore keeps the directory out of uploads to the Hub.
+CACHE = "_datasets"
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_REPLY_COLUMNS = ("completion", "chosen", "rejected")
+
+# What rows are used for -> the sets of columns that will do; the first set that is there is the one that is checked.
+COLUMN_SETS = {
+    "sft": [("prompt", "completion"), ("messages",), ("text",), ("input_ids",)],
+    "dpo": [("prompt", "chosen", "rejected"), ("chosen", "rejected")],
+    "grpo": [("prompt",)],
+    "evaluation": [("prompt", "answer")],
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows and where they came from: a file, or a dataset of the Hub."""
+
+    name: str
+    rows: Dataset
+
+
+def load_train_rows(args: DataArguments, trainer: str, cache_dir: Path, rewards: Sequence[Callable] = ()) -> Dataset:
+    """The checked rows to train on.
+
+    Args:
+        args ([`DataArguments`]): Data keys of the recipe.
+        trainer (`str`): `sft`, `dpo` or `grpo`.
+        cache_dir (`Path`): Where the converted local files go.
+        rewards (`Sequence[Callable]`): Reward functions, whose columns must not be empty either.
+
+    Raises:
+        `InputError`: no such file or dataset, no rows, a malformed line, a missing column, or an empty value, with file
+        and row.
+    """
+    if args.train_file is not None:
+        sources = _load_files(args.train_file, "train_file", cache_dir)
+    else:
+        sources = [_load_from_hub(args, args.dataset_split)]
+    return _prepare(sources, args, [trainer], rewards, args.max_train_rows)
+
+
+def load_eval_rows(
+    args: DataArguments, uses: Sequence[str], cache_dir: Path, rewards: Sequence[Callable] = ()
+) -> Dataset | None:
+    """As [`load_train_rows`] for `eval_file` or `eval_split`, checked for all of `uses`; `None` if there are none."""
+    if not uses:
+        return None
+    if args.eval_file is not None:
+        sources = _load_files(args.eval_file, "eval_file", cache_dir)
+    else:
+        sources = [_load_from_hub(args, args.eval_split)]
+    return _prepare(sources, args, uses, rewards, None)
+
+
+def _prepare(
+    sources: list[Source], args: DataArguments, uses: Sequence[str], rewards: Sequence[Callable], max_rows: int | None
+) -> Dataset:
+    parts, count = [], 0
+    for source in sources:
+        rows = _rename(source, args.dataset_columns or {})
+        if rewards and "prompt_id" not in rows.column_names:
+            rows = rows.add_column("prompt_id", [str(count + index) for index in range(len(rows))])
+        count += len(rows)
+        source = Source(source.name, rows)
+        columns = [column for use in uses for column in _columns_of(source, use)]
+        check_rows(source, [*columns, *(c for reward in rewards for c in columns_needed(reward, rows.column_names))])
+        parts.append(rows)
+    rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    if max_rows is not None:
+        rows = rows.select(range(min(max_rows, len(rows))))
+    if args.prompt_style == "conversational":
+        rows = rows.map(lambda row: as_conversation(row, args.system_prompt), desc="Prompts to messages")
+    return rows
+
+
+def _load_files(files: str | list[str], key: str, cache_dir: Path) -> list[Source]:
+    sources = []
+    for name in [files] if isinstance(files, str) else files:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise InputError(f"{key}: {path} does not exist.")
+        builder = _BUILDERS.get(path.suffix)
+        if builder is None:
+            raise InputError(f"{key}: {path} is none of {', '.join(_BUILDERS)}.")
+        sources.append(Source(str(path), _load_file(path, builder, cache_dir)))
+    return sources
+
+
+def _load_file(path: Path, builder: str, cache_dir: Path) -> Dataset:
+    if not path.read_bytes()[:4096].strip():
+        raise InputError(f"{path} has no rows.")
+    try:
+        return load_dataset(builder, data_files=str(path), split="train", cache_dir=str(cache_dir))
+    except (DatasetGenerationError, ValueError) as error:
+        where, reason = _malformed(path) if builder == "json" else ("", str(error.__cause__ or error))
+        raise InputError(f"{path}{where}: {reason or error.__cause__ or error}") from error
+
+
+def _malformed(path: Path) -> tuple[str, str]:
+    """Line and reason of the first line of JSON lines that is not an object; empty where every line is one."""
+    if path.suffix == ".json":
+        try:
+            json.loads(path.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            return f":{error.lineno}", f"not valid JSON ({error.msg})."
+        return "", ""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+            except json.JSONDecodeError as error:
+                return f":{number}", f"not valid JSON ({error.msg})."
+            if not isinstance(row, dict):
+                return f":{number}", "a line must be a JSON object, {…}."
+    return "", ""
+
+
+def _load_from_hub(args: DataArguments, split: str) -> Source:
+    name = f"{args.dataset_name} ({split})"
+    try:
+        return Source(name, load_dataset(args.dataset_name, args.dataset_config, split=split))
+    except (ValueError, OSError) as error:
+        raise InputError(f"dataset_name: {name} cannot be loaded: {error}") from error
+
+
+def _rename(source: Source, columns: dict[str, str]) -> Dataset:
+    rows = source.rows
+    for ours, theirs in columns.items():
+        if theirs not in source.rows.column_names:
+            raise InputError(
+                f"dataset_columns: {source.name} has no column {theirs!r}{suggest(theirs, source.rows.column_names)}"
+            )
+        if ours in rows.column_names and ours != theirs:
+            logger.info("%s: its own column %s gives way to %s.", source.name, ours, theirs)
+            rows = rows.remove_columns(ours)
+        rows = rows.rename_column(theirs, ours)
+    return rows
+
+
+def _columns_of(source: Source, use: str) -> tuple[str, ...]:
+    there = set(source.rows.column_names)
+    for columns in COLUMN_SETS[use]:
+        if there.issuperset(columns):
+            return columns
+    wanted = " or ".join(", ".join(columns) for columns in COLUMN_SETS[use])
+    who = "evaluate_pass_at" if use == "evaluation" else f"trainer {use}"
+    raise InputError(
+        f"{source.name} has the columns {', '.join(source.rows.column_names)}; {who} needs {wanted}. Map them with "
+        "dataset_columns: {name here: name in the dataset}."
+    )
+
+
+def check_rows(source: Source, columns: Iterable[str]) -> None:
+    """Refuse a dataset without rows and the first row where one of the columns is missing or empty.
+
+    Raises:
+        `InputError`: with the source and the number of the row, counted from 1.
+    """
+    if len(source.rows) == 0:
+        raise InputError(f"{source.name} has no rows.")
+    for column in dict.fromkeys(columns):
+        if column not in source.rows.column_names:
+            raise InputError(f"{source.name} has no column {column!r}{suggest(column, source.rows.column_names)}")
+        for number, value in enumerate(source.rows[column], start=1):
+            if _is_empty(value):
+                raise InputError(f"{source.name}: row {number} has no {column!r}. Fill it in, or remove the row.")
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, list)) and len(value) == 0)
+
+
+def as_conversation(row: dict[str, Any], system_prompt: str | None = None) -> dict[str, Any]:
+    """Text columns of a row as messages; columns that are messages already stay."""
+    changed: dict[str, Any] = {}
+    if isinstance(row.get("prompt"), str):
+        system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+        changed["prompt"] = [*system, {"role": "user", "content": row["prompt"]}]
+    for column in _REPLY_COLUMNS:
+        if isinstance(row.get(column), str):
+            changed[column] = [{"role": "assistant", "content": row[column]}]
+    return changed

@@ -1,0 +1,197 @@
+"""From a recipe file and flags to checked configuration objects, before any model or dataset is loaded."""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_delta.errors import InputError
+from hf_delta.recipe.arguments import DataArguments, RunArguments
+from hf_delta.recipe.fields import build, suggest, type_hints
+from hf_delta.recipe.find import find_recipe
+from hf_delta.recipe.peft import build_peft_config
+from hf_delta.recipe.source import Node, apply_overrides, read_recipe
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import Trainer, TrainingArguments
+    from trl import ModelConfig
+
+# trainer: -> (configuration, trainer), as dotted paths so that reading recipes' names imports neither.
+TRAINERS = {
+    "sft": ("trl.SFTConfig", "trl.SFTTrainer"),
+    "dpo": ("trl.DPOConfig", "trl.DPOTrainer"),
+    "grpo": ("hf_delta.rl.config.DeltaGRPOConfig", "hf_delta.rl.trainer.DeltaGRPOTrainer"),
+}
+
+PLAYGROUND_TRAIN_FILES = {"sft": "sft.jsonl", "dpo": "preference.jsonl", "grpo": "train.jsonl"}
+
+_PEFT_HINT = "Adapters are set in the block `peft_config:`, with `method: lora` and the fields of its configuration."
+_LAUNCH_HINT = "It is a setting of `accelerate launch`: give it there, before `-m hf_delta.train`."
+_HINTS = {
+    "dataset_train_split": "Write dataset_split.",
+    "dataset_test_split": "Write eval_split.",
+    "datasets": "Write dataset_name or train_file.",
+    "num_processes": _LAUNCH_HINT,
+    "accelerate_config": _LAUNCH_HINT,
+    "config_file": _LAUNCH_HINT,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    A checked recipe.
+
+    Args:
+        source (`str`): The file it was read from.
+        values (`dict`): The keys as written, with flags applied.
+        trainer (`str`): Key of [`TRAINERS`].
+        model (`trl.ModelConfig`): How to load the model.
+        data (`DataArguments`): Where the rows come from.
+        run (`RunArguments`): What happens around training.
+        training (`transformers.TrainingArguments`): Configuration of the trainer.
+        peft (`peft.PeftConfig` or `None`): Adapter; `None` is full fine-tuning.
+    """
+
+    source: str
+    values: dict[str, Any]
+    trainer: str
+    model: "ModelConfig"
+    data: DataArguments
+    run: RunArguments
+    training: "TrainingArguments"
+    peft: "PeftConfig | None"
+
+    @property
+    def trainer_class(self) -> "type[Trainer]":
+        return _resolve(TRAINERS[self.trainer][1])
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.training.output_dir)
+
+
+def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `--key value` flags, and check every key and type.
+
+    Args:
+        path_or_name (`str`): A file, or the name of a shipped recipe such as `quickstart` or `rl/delta_l_tiny`.
+        overrides (`list[str]`, *optional*): Flags as on the command line.
+
+    Raises:
+        `InputError`: anything wrong with the recipe, with file and line.
+    """
+    path = find_recipe(path_or_name)
+    source = str(path)
+    nodes = apply_overrides(read_recipe(path), overrides)
+    trainer = trainer_name(nodes.pop("trainer", None), source)
+    _fill_from_playground(nodes, trainer)
+    parts = _sort_keys(nodes, key_owners(trainer), trainer)
+    model_class, _, _, training_class = parts
+    run = build(RunArguments, parts[RunArguments], source)
+    recipe = Recipe(
+        source=source,
+        values={"trainer": trainer, **{key: node.plain() for key, node in nodes.items()}},
+        trainer=trainer,
+        model=build(model_class, parts[model_class], source),
+        data=build(DataArguments, parts[DataArguments], source),
+        run=run,
+        training=build(training_class, parts[training_class], source),
+        peft=None if run.peft_config is None else build_peft_config(nodes["peft_config"], source),
+    )
+    _check(recipe)
+    return recipe
+
+
+def _resolve(dotted: str) -> Any:
+    module, _, name = dotted.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def trainer_name(node: Node | None, source: str) -> str:
+    """The value of `trainer:`, checked."""
+    if node is None:
+        raise InputError(f"{source}: trainer is missing; write `trainer: {' | '.join(TRAINERS)}`.")
+    if node.value not in TRAINERS:
+        raise InputError(f"{node.where}: there is no trainer {node.plain()!r}{suggest(node.value, TRAINERS)}")
+    return node.value
+
+
+def _fill_from_playground(nodes: dict[str, Node], trainer: str) -> None:
+    playground = nodes.get("playground")
+    if playground is None or not isinstance(playground.value, str):
+        return
+    defaults = {"model_name_or_path": "model"}
+    if "dataset_name" not in nodes:
+        defaults |= {"train_file": PLAYGROUND_TRAIN_FILES[trainer], "eval_file": "eval.jsonl"}
+    for key, name in defaults.items():
+        nodes.setdefault(key, Node(str(Path(playground.value) / name), playground.where))
+
+
+def key_owners(trainer: str) -> dict[str, type]:
+    """Every key that a recipe for a trainer can have, and the class that it is a field of: the first that has it."""
+    owners: dict[str, type] = {}
+    for cls in _classes(trainer):
+        for key in type_hints(cls):
+            if not _is_lora_key(key, cls):
+                owners.setdefault(key, cls)
+    return owners
+
+
+def _classes(trainer: str) -> tuple[type, ...]:
+    return _resolve("trl.ModelConfig"), DataArguments, RunArguments, _resolve(TRAINERS[trainer][0])
+
+
+def _is_lora_key(key: str, cls: type) -> bool:
+    """Those of `trl.ModelConfig`, which know LoRA only; here it is `peft_config:`."""
+    return cls.__name__ == "ModelConfig" and (key.startswith("lora_") or key in ("use_peft", "use_dora", "use_rslora"))
+
+
+def _sort_keys(nodes: Mapping[str, Node], owners: Mapping[str, type], trainer: str) -> dict[type, dict[str, Node]]:
+    parts: dict[type, dict[str, Node]] = {cls: {} for cls in _classes(trainer)}
+    for key, node in nodes.items():
+        if key not in owners:
+            raise InputError(f"{node.where}: {_unknown(key, owners, trainer)}")
+        parts[owners[key]][key] = node
+    return parts
+
+
+def _unknown(key: str, known: Mapping[str, type], trainer: str) -> str:
+    if key in type_hints(_resolve("trl.ModelConfig")):
+        return f"{key} is not a key here. {_PEFT_HINT}"
+    if key in _HINTS:
+        return f"{key} is not a key here. {_HINTS[key]}"
+    others = [name for name, (config, _) in TRAINERS.items() if key in type_hints(_resolve(config))]
+    if others:
+        return f"{key} is a key of trainer {' and '.join(others)}, not of trainer {trainer}."
+    return f"unknown key {key!r}{suggest(key, [*known, 'trainer'])}"
+
+
+def _check(recipe: Recipe) -> None:
+    """What several keys say together."""
+    where, values, run = recipe.source, recipe.values, recipe.run
+    if values.get("output_dir") is None:
+        raise InputError(f"{where}: output_dir is missing; everything the run writes goes there.")
+    if recipe.model.model_name_or_path is None:
+        raise InputError(f"{where}: model_name_or_path is missing.")
+    if recipe.data.dataset_name is None and recipe.data.train_file is None:
+        raise InputError(f"{where}: there is nothing to train on; write dataset_name or train_file.")
+    if (recipe.trainer == "grpo") != bool(run.reward_funcs):
+        wrong = "needs" if recipe.trainer == "grpo" else "has no use for"
+        raise InputError(f"{where}: trainer {recipe.trainer} {wrong} reward_funcs.")
+    if recipe.peft is None and (recipe.model.load_in_4bit or recipe.model.load_in_8bit):
+        raise InputError(f"{where}: a quantised model cannot be trained fully. {_PEFT_HINT}")
+    if run.evaluate_pass_at is not None and recipe.data.eval_file is None:
+        raise InputError(f"{where}: evaluate_pass_at needs eval_file.")
+    has_eval_data = recipe.data.eval_file is not None or recipe.data.eval_split is not None
+    if recipe.training.eval_strategy != "no" and not has_eval_data:
+        raise InputError(f"{where}: eval_strategy needs eval_file or eval_split.")
+    if recipe.training.n_gpu > 1:
+        raise InputError(
+            f"{recipe.training.n_gpu} GPUs are visible to one process. Start one process for each with `accelerate launch "
+            f"--num_processes {recipe.training.n_gpu} -m hf_delta.train {where}`, or show it one with "
+            "CUDA_VISIBLE_DEVICES=0."
+        )

@@ -1,0 +1,53 @@
+"""The `peft_config:` block of a recipe."""
+
+from typing import TYPE_CHECKING
+
+from hf_delta.errors import InputError
+from hf_delta.recipe.fields import build, suggest, type_hints
+from hf_delta.recipe.source import Node
+
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+# Names that stand for another method with some fields set. Every name of PEFT itself is known without an entry.
+PRESETS = {"dora": ("lora", {"use_dora": True})}
+
+
+def build_peft_config(node: Node, source: str) -> "PeftConfig":
+    """The configuration that a `peft_config:` block describes.
+
+    Raises:
+        `InputError`: no or unknown `method`, a key that the method does not have, or a value of the wrong type.
+    """
+    if not isinstance(node.value, dict) or "method" not in node.value:
+        raise InputError(f"{node.where}: peft_config is a block with `method:` and the fields of that method.")
+    settings = dict(node.value)
+    method = settings.pop("method")
+    name, preset = _resolve(method)
+    config_class = _config_classes()[name]
+    known = set(type_hints(config_class)) - {"peft_type"}
+    for key, value in settings.items():
+        if key not in known:
+            raise InputError(
+                f"{value.where}: peft_config has no key {key!r} for method {method.value}{suggest(key, known)}"
+            )
+        if key in preset and value.value != preset[key]:
+            raise InputError(f"{value.where}: method: {method.value} means {key}: {preset[key]}; leave it out.")
+    if "task_type" in known:
+        preset = {"task_type": "CAUSAL_LM", **preset}
+    return build(config_class, settings, f"{source}: peft_config", preset)
+
+
+def _resolve(method: Node) -> tuple[str, dict[str, object]]:
+    known = sorted({*_config_classes(), *PRESETS})
+    name = str(method.value).lower().replace("-", "_")
+    if name not in known:
+        raise InputError(f"{method.where}: peft_config has no method {method.value!r}{suggest(name, known)}")
+    return PRESETS.get(name, (name, {}))
+
+
+def _config_classes() -> dict[str, type]:
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}

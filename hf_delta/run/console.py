@@ -1,0 +1,32 @@
+"""What a run says, on the main process only."""
+
+import os
+import sys
+
+from rich.console import Console
+from rich.markup import escape
+
+from hf_delta.errors import InputError
+
+
+def is_main_process() -> bool:
+    """Known from the launcher's environment, before torch is imported."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def console(stderr: bool = False) -> Console:
+    """A console that is silent on all processes but the main one."""
+    return Console(stderr=stderr, quiet=not is_main_process(), highlight=False, soft_wrap=True)
+
+
+def announce(text: str) -> None:
+    """One line that says which stage begins."""
+    # The progress bars are on stderr; on one stream the lines keep their order.
+    console(stderr=True).print(f"[bold]>[/bold] {escape(text)}")
+
+
+def fail(error: InputError) -> int:
+    """Report bad input and return the exit status for it."""
+    if is_main_process():
+        sys.stderr.write(f"error: {error}\n")
+    return 2

@@ -1,0 +1,171 @@
+"""The output directory of a run: may it be used, where to resume from, and its manifest `run.json`."""
+
+import json
+import logging
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hf_delta import __version__
+from hf_delta.checkpoint import is_complete, newest_complete_checkpoint
+from hf_delta.data import CACHE
+from hf_delta.errors import InputError
+from hf_delta.recipe import Recipe
+
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "run.json"
+FORMAT_VERSION = 1
+
+_PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+
+
+def check_output_dir(recipe: Recipe) -> str | None:
+    """The checkpoint to resume from, or `None` to start from the beginning. Changes nothing.
+
+    Raises:
+        `InputError`: the directory holds something that this run would overwrite, or what is to be resumed is another
+        method or is not complete.
+    """
+    run, out = recipe.run, recipe.output_dir
+    if run.resume_from_checkpoint and run.overwrite_output_dir:
+        raise InputError("resume_from_checkpoint and overwrite_output_dir exclude each other.")
+    if isinstance(run.resume_from_checkpoint, str):
+        return _checked_checkpoint(recipe, Path(run.resume_from_checkpoint))
+    if run.resume_from_checkpoint:
+        return _newest_checkpoint(recipe)
+    if not _leftovers(out):
+        return None
+    if not (out / MANIFEST).is_file():
+        raise InputError(
+            f"output_dir: {out} is not empty, and what is in it is no run of hf_delta ({_some(_leftovers(out))}). "
+            "Choose another output_dir."
+        )
+    if not run.overwrite_output_dir:
+        raise InputError(
+            f"output_dir: {out} holds another run. Go on with it: --resume_from_checkpoint true. Keep it: --output_dir "
+            "<another directory>. Delete it: --overwrite_output_dir true."
+        )
+    return None
+
+
+def _leftovers(out: Path) -> list[Path]:
+    return sorted(path for path in out.iterdir() if path.name != CACHE) if out.is_dir() else []
+
+
+def _some(paths: list[Path]) -> str:
+    return ", ".join(path.name for path in paths[:3]) + (", …" if len(paths) > 3 else "")
+
+
+def _checked_checkpoint(recipe: Recipe, checkpoint: Path) -> str:
+    if not checkpoint.is_dir():
+        raise InputError(f"resume_from_checkpoint: {checkpoint} does not exist.")
+    if not is_complete(checkpoint, recipe.training.world_size):
+        raise InputError(f"resume_from_checkpoint: {checkpoint} was not written to its end; take an earlier one.")
+    _check_same_method(recipe, checkpoint.parent)
+    out = recipe.output_dir
+    if out.resolve() != checkpoint.parent.resolve() and _leftovers(out):
+        raise InputError(
+            f"output_dir: {out} is not empty, and {checkpoint} lies elsewhere. Choose another output_dir."
+        )
+    return str(checkpoint)
+
+
+def _newest_checkpoint(recipe: Recipe) -> str | None:
+    out = recipe.output_dir
+    newest = newest_complete_checkpoint(out, recipe.training.world_size)
+    if newest is None and _leftovers(out) and not (out / MANIFEST).is_file():
+        raise InputError(
+            f"output_dir: {out} holds no run to resume ({_some(_leftovers(out))}). Choose another output_dir."
+        )
+    _check_same_method(recipe, out)
+    for checkpoint in out.glob("checkpoint-*"):
+        if not is_complete(checkpoint, recipe.training.world_size):
+            logger.warning("%s was cut off while it was written: it is skipped.", checkpoint)
+    if newest is None:
+        logger.warning("%s holds no complete checkpoint: training starts from the beginning.", out)
+        return None
+    return str(newest)
+
+
+def _check_same_method(recipe: Recipe, run_dir: Path) -> None:
+    there = read_manifest(run_dir)
+    if there is None:
+        return
+    here = json.loads(json.dumps(_method(recipe)))
+    for key in sorted({*there["method"], *here}):
+        if there["method"].get(key) != here.get(key):
+            raise InputError(
+                f"{run_dir / MANIFEST} belongs to another method: {key} is {there['method'].get(key)!r} there and "
+                f"{here.get(key)!r} here. Resume with the recipe that wrote it, or start in another output_dir."
+            )
+
+
+def _method(recipe: Recipe) -> dict[str, Any]:
+    """What must be the same for a checkpoint to make sense."""
+    model = Path(recipe.model.model_name_or_path)
+    method = {
+        "trainer": recipe.trainer,
+        "loss_type": getattr(recipe.training, "loss_type", None),
+        "model_name_or_path": str(model.resolve()) if model.is_dir() else str(model),
+    }
+    for key, value in (recipe.values.get("peft_config") or {"method": None}).items():
+        method[f"peft_config.{key}"] = value
+    return method
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any] | None:
+    """The manifest of a run, or `None` if the directory has none.
+
+    Raises:
+        `InputError`: it cannot be read, or was written in a newer format.
+    """
+    path = run_dir / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        known = manifest["format_version"] == FORMAT_VERSION and isinstance(manifest["method"], dict)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} cannot be read ({error!r}): it is damaged.") from error
+    if not known:
+        raise InputError(f"{path} was written by another version of hf_delta, {manifest.get('hf_delta')}.")
+    return manifest
+
+
+def write_manifest(recipe: Recipe, resumed_from: str | None) -> None:
+    """Write `run.json`: the recipe with flags applied, the method, versions and the number of processes."""
+    secret = {"hub_token"}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "hf_delta": __version__,
+        "recipe": recipe.source,
+        "values": {key: "***" if key in secret else value for key, value in recipe.values.items()},
+        "method": _method(recipe),
+        "world_size": recipe.training.world_size,
+        "resumed_from": resumed_from,
+        "versions": {name: _version(name) for name in _PACKAGES},
+    }
+    recipe.output_dir.mkdir(parents=True, exist_ok=True)
+    path = recipe.output_dir / MANIFEST
+    partial = path.with_name(f"{MANIFEST}.partial")
+    partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def clear(out: Path) -> None:
+    """Delete an earlier run, and only a run: a directory without `run.json` is left alone."""
+    if not (out / MANIFEST).is_file():
+        return
+    for path in _leftovers(out):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -1,0 +1,191 @@
+"""Train a recipe from beginning to end. `hf-delta run RECIPE` and `accelerate launch -m hf_delta.train RECIPE` are this."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import datasets
+from datasets import Dataset
+from rich.logging import RichHandler
+from transformers import AutoConfig, ProgressCallback, Trainer
+from trl import get_quantization_config
+
+from hf_delta.data import CACHE, load_eval_rows, load_train_rows
+from hf_delta.errors import InputError
+from hf_delta.evaluation import Report
+from hf_delta.playground import build_playground
+from hf_delta.plot import plot_run
+from hf_delta.recipe import Recipe, load_recipe
+from hf_delta.recipe.rewards import resolve_reward
+from hf_delta.run.card import write_card
+from hf_delta.run.console import announce, console, fail, is_main_process
+from hf_delta.run.directory import check_output_dir, clear, write_manifest
+from hf_delta.run.evaluation import BEFORE, evaluate_policy, evaluation_reward, write_report
+from hf_delta.run.processes import main_first, on_main
+from hf_delta.run.progress import TrainingProgress
+
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`RECIPE [--key value ...]`; returns the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # TRL sets the deprecated name in every configuration; there is nothing a user could change.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing` is deprecated", FutureWarning)
+    try:
+        if not argv or argv[0].startswith("-"):
+            raise InputError("the first argument is a recipe, by path or by name: quickstart --max_steps 10.")
+        run(load_recipe(argv[0], argv[1:]))
+    except InputError as error:
+        return fail(error)
+    return 0
+
+
+def run(recipe: Recipe) -> Path:
+    """Check, train, save and report.
+
+    Collective: every process of a launch calls it with the same recipe.
+
+    Returns:
+        `Path`: the output directory, with the final model or adapter, its tokenizer and card, `run.json`, checkpoints
+        and reports.
+
+    Raises:
+        `InputError`: anything wrong with the recipe, its data, or its output directory; nothing was lost.
+    """
+    _set_up_logging()
+    rewards = [resolve_reward(entry) for entry in recipe.run.reward_funcs or []]
+    judge = evaluation_reward(recipe, rewards)
+    checkpoint = on_main(check_output_dir, recipe)
+    _ready_model(recipe)
+    train_rows, eval_rows = _load_rows(recipe, rewards, judge)
+    if recipe.run.overwrite_output_dir:
+        on_main(clear, recipe.output_dir)
+
+    trainer = _build_trainer(recipe, train_rows, eval_rows, rewards)
+    before = judge and evaluate_policy(trainer, recipe, eval_rows, judge, "before")
+    on_main(_write_first_files, recipe, checkpoint, before)
+    announce(f"Training: {recipe.trainer} on {len(train_rows)} rows, {recipe.model.model_name_or_path}")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    _save(trainer)
+
+    after = judge and evaluate_policy(trainer, recipe, eval_rows, judge, "after")
+    on_main(_finish_on_main, trainer, recipe, before, after)
+    if hasattr(trainer, "end"):  # since transformers 5.18
+        trainer.end()
+    else:
+        trainer.accelerator.end_training()
+    return recipe.output_dir
+
+
+def _set_up_logging() -> None:
+    """Our own messages on the main process; what transformers says is governed by `log_level`."""
+    package = logging.getLogger("hf_delta")
+    package.setLevel(logging.INFO if is_main_process() else logging.ERROR)
+    if not package.handlers:
+        package.addHandler(RichHandler(console=console(stderr=True), show_time=False, show_path=False))
+
+
+def _ready_model(recipe: Recipe) -> None:
+    """Build the playground if there is to be one, and see that the model is there; loads no weights.
+
+    Raises:
+        `InputError`: no model of that name, or a playground that cannot be used.
+    """
+    run = recipe.run
+    if run.playground is not None:
+        announce(f"Playground in {run.playground}: checking, or building if it is not there")
+        on_main(_build_playground, recipe)
+    name = recipe.model.model_name_or_path
+    trust = getattr(recipe.training, "trust_remote_code", False)
+    try:
+        main_first(
+            lambda: AutoConfig.from_pretrained(name, revision=recipe.model.model_revision, trust_remote_code=trust)
+        )
+    except (OSError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        where = "has no usable config.json" if Path(name).is_dir() else "is no directory here and no model of the Hub"
+        raise InputError(f"model_name_or_path: {name} {where} ({str(error).splitlines()[0]}).") from error
+
+
+def _build_playground(recipe: Recipe) -> None:
+    run = recipe.run
+    build_playground(
+        run.playground,
+        seed=run.playground_seed,
+        task=run.playground_task,
+        pretrain_steps=run.playground_pretrain_steps,
+        progress=not recipe.training.disable_tqdm,
+    )
+
+
+def _load_rows(recipe: Recipe, rewards: list[Callable], judge: Callable | None) -> tuple[Dataset, Dataset | None]:
+    data, trainer, cache = recipe.data, recipe.trainer, recipe.output_dir / CACHE
+    if not is_main_process() or recipe.training.disable_tqdm:
+        datasets.disable_progress_bars()
+    evaluates = recipe.training.eval_strategy != "no"
+    uses = [trainer] * evaluates + ["evaluation"] * (judge is not None)
+    eval_rewards = [*(rewards if evaluates else []), *([judge] if judge else [])]
+    train_rows = main_first(lambda: load_train_rows(data, trainer, cache, rewards))
+    return train_rows, main_first(lambda: load_eval_rows(data, uses, cache, eval_rewards))
+
+
+def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | None, rewards: list[Callable]) -> Trainer:
+    training, model = recipe.training, recipe.model
+    training.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(training.model_init_kwargs or {}),
+    }
+    trainer = recipe.trainer_class(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=train_rows,
+        eval_dataset=eval_rows if training.eval_strategy != "no" else None,
+        quantization_config=get_quantization_config(model),
+        peft_config=recipe.peft,
+        **({"reward_funcs": rewards} if rewards else {}),
+    )
+    if not training.disable_tqdm:
+        trainer.remove_callback(ProgressCallback)
+        trainer.add_callback(TrainingProgress)
+    return trainer
+
+
+def _save(trainer: Trainer) -> None:
+    """Collective."""
+    if trainer.is_fsdp_enabled:
+        # Sharded weights are for checkpoints; save_model writes nothing at all in that mode.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    trainer.save_model(trainer.args.output_dir)
+    trainer.save_state()
+    if trainer.args.push_to_hub:
+        announce(f"Pushing to the Hub: {trainer.hub_model_id}")
+        trainer.push_to_hub()
+
+
+def _write_first_files(recipe: Recipe, checkpoint: str | None, before: Report | None) -> None:
+    write_manifest(recipe, checkpoint)
+    if before is not None:
+        before.save(recipe.output_dir / BEFORE, overwrite=True)
+
+
+def _finish_on_main(trainer: Trainer, recipe: Recipe, before: Report | None, after: Report | None) -> None:
+    """Reports, picture, model card, and the card's way to the Hub."""
+    results = before and after and write_report(before, after, recipe.output_dir)
+    picture = plot_run(recipe.output_dir)
+    card = write_card(trainer, recipe, results)
+    if recipe.training.push_to_hub:
+        # trainer.push_to_hub has uploaded TRL's own card.
+        card.push_to_hub(trainer.hub_model_id, token=recipe.training.hub_token)
+    announce(f"Curves in {picture}")
+    announce(f"Saved in {recipe.output_dir}; its README.md says how to load it")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
