@@ -52,8 +52,8 @@ def pass_at_k(n: ArrayLike, c: ArrayLike, k: int) -> np.ndarray:
         raise InputError("pass@k: the number of correct samples must lie between 0 and the number of samples.")
     wrong = np.ones(c.shape)
     for j in range(k):
-        # Clipping at 0 makes C(n - c, k) vanish when fewer than k completions are wrong.
-        wrong *= np.clip(n - c - j, 0, None) / (n - j)
+        # Passes through 0 and stays there when fewer than k completions are wrong.
+        wrong *= (n - c - j) / (n - j)
     return 1 - wrong
 
 

@@ -81,6 +81,15 @@ def test_all_equal_values_give_the_textbook_wilson_interval():
     assert (half.low, half.high) == pytest.approx((0.2366, 0.7634), abs=1e-4)
 
 
+def test_between_zero_and_one_problems_are_the_effective_sample():
+    # With values 0 and 1 the unbiased variance makes n_eff = P - 1; 2.262157 is Student's t at 9 degrees of freedom.
+    mixed = mean_estimate([1, 1, 1, 0, 0, 0, 0, 0, 0, 0])
+    z2, n = 1.959964**2, 9 * (1.959964 / 2.262157) ** 2
+    centre = (0.3 + z2 / (2 * n)) / (1 + z2 / n)
+    half = z2**0.5 / (1 + z2 / n) * (0.3 * 0.7 / n + z2 / (4 * n * n)) ** 0.5
+    assert (mixed.low, mixed.high) == pytest.approx((centre - half, centre + half), abs=1e-4)
+
+
 def test_one_problem_says_next_to_nothing():
     one = mean_estimate([0.5])
     assert one.high - one.low > 0.8

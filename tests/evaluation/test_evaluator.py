@@ -53,20 +53,20 @@ def rows_of(ends, count=1, **columns):
 
 def test_counts_lengths_and_cuts_of_a_model_whose_answers_are_known(run):
     rows = [
-        {"prompt": "xxd", "answer": "y", "level": "l10", "prompt_id": "endless"},
+        {"prompt": "xxd", "answer": "zzzzzz", "level": "l10", "prompt_id": "endless"},
         {"prompt": "a", "answer": "y", "level": "l2", "prompt_id": "right"},
         {"prompt": "xb", "answer": "y", "level": "l2", "prompt_id": "wrong"},
     ]
     report = run(rows, ks=(1, 4), batch_size=5)
     assert [p.prompt_id for p in report.problems] == ["right", "wrong", "endless"]
-    assert [(p.samples, p.correct, p.truncated) for p in report.problems] == [(4, 4, 0), (4, 0, 0), (4, 0, 4)]
+    assert [(p.samples, p.correct, p.truncated) for p in report.problems] == [(4, 4, 0), (4, 0, 0), (4, 4, 4)]
     # The end-of-sequence token counts, as in TRL's completions/mean_length.
     assert [p.mean_length for p in report.problems] == [2.0, 2.0, 6.0]
     assert [level.name for level in report.levels] == ["l2", "l10"]
-    assert [level.pass_at_k[1].mean for level in report.levels] == [0.5, 0.0]
-    assert report.over_levels.pass_at_k[4].mean == 0.25
-    assert report.over_problems.pass_at_k[4].mean == pytest.approx(1 / 3)
-    assert [(e.completion, e.correct) for e in report.examples] == [("y", True), ("n", False), ("zzzzzz", False)]
+    assert [level.pass_at_k[1].mean for level in report.levels] == [0.5, 1.0]
+    assert report.over_levels.pass_at_k[4].mean == 0.75
+    assert report.over_problems.pass_at_k[4].mean == pytest.approx(2 / 3)
+    assert [(e.completion, e.correct) for e in report.examples] == [("y", True), ("n", False), ("zzzzzz", True)]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])

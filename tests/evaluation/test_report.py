@@ -147,6 +147,12 @@ def test_examples_are_chosen_by_position():
     assert len(Comparison(make({"all": [1]}), make({"all": [2]})).examples) == 1
 
 
+def test_examples_show_both_answers():
+    comparison = Comparison(make({"l1": [1]}), make({"l1": [5]}))
+    for shown in (text(comparison.examples_table()), comparison.markdown()):
+        assert "#7  (wrong)" in shown and "#7#7#7#7#7  (correct)" in shown
+
+
 def test_markdown_holds_up_against_what_models_write():
     wild = Example("l1/0", "l1", "[b]1=", "7", "```\nx\n````" + "y" * 1000 + "#7", True)
     reports = [make({"l1": [1]}, examples=[wild])] * 2
