@@ -26,6 +26,9 @@ from hf_delta.rl.weights import delta_l_weights
 
 PROMPTS, GENERATIONS, BATCH_PROMPTS, BATCHES, MAX_LENGTH = 256, 8, 8, 4000, 54
 
+# 97.5 % quantiles for 1 to 9 degrees of freedom, for intervals over 2 to 10 seeds.
+STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
 
 def grpo(lengths):
     return 1 / (lengths * len(lengths))
@@ -159,7 +162,7 @@ def _square_by_length(gradients, lengths):
 
 
 def markdown(runs):
-    """One row a method: mean and standard deviation over the seeds."""
+    """One row a method: mean over the seeds and half of its 95 % interval."""
     lines = [
         "| | CV, measured | relative to Dr.GRPO | scale, measured | relative CV, closed form | scale, closed form |",
         "|---|---|---|---|---|---|",
@@ -178,7 +181,10 @@ def markdown(runs):
 
 def spread(values):
     values = torch.tensor(values)
-    return f"{values.mean():.3f} ± {values.std():.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    half = STUDENT_T[len(values) - 2] * (values.std() / len(values) ** 0.5).item()
+    return f"{values.mean():.3f} ± {half:.3f}"
 
 
 def draw(runs, path):
@@ -207,15 +213,13 @@ def _draw_noise(axes, runs):
     axes.set_xticks(places, METHODS, rotation=20, ha="right")
     axes.set_ylabel("coefficient of variation / Dr.GRPO's")
     axes.set_title("Noise of one update (dots: seeds, bars: their mean)")
-    axes.legend()
+    axes.legend(loc="lower left")
 
 
 def _draw_squares(axes, runs):
     kept = [[p for p in run["square_by_length"] if p["n"] >= 5] for run in runs]
-    for run, points in zip(runs, kept):
-        xs, ys = [p["length"] for p in points], [p["mean_square"] for p in points]
-        axes.loglog(xs, ys, "o", markersize=4, alpha=0.8, label=f"seed {run['seed']}")
     pooled = torch.tensor([[p["length"], p["mean_square"]] for points in kept for p in points]).log()
+    axes.loglog(*pooled.exp().T, "o", color="#0072B2", markersize=5, alpha=0.5, label="one length of one seed")
     slope_one = (pooled[:, 1] - pooled[:, 0]).mean().exp()
     ends = pooled[:, 0].exp().aminmax()
     axes.loglog(ends, [end * slope_one for end in ends], "--", color="grey", label="proportional to L")
@@ -224,7 +228,7 @@ def _draw_squares(axes, runs):
     axes.set_xlabel("length L (tokens)")
     axes.set_ylabel("mean of |g|²")
     axes.set_title("Squared gradient of a sequence by its length")
-    axes.legend(fontsize="small")
+    axes.legend(loc="lower right")
 
 
 def main():
