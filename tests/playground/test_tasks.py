@@ -1,6 +1,8 @@
 """Addition against arithmetic done another way; a second task in one class; what a task must not do."""
 
+import re
 from collections import Counter
+from pathlib import Path
 from random import Random
 from zlib import crc32
 
@@ -123,6 +125,15 @@ def test_a_second_task_is_one_class(tmp_path):
     demonstrated = read_rows(out / "sft.jsonl")
     answers = [row["prompt"].removesuffix(":")[::-1] for row in demonstrated]
     assert playground_reward([row["completion"] for row in demonstrated], answers) == [1.0] * len(answers)
+
+
+def test_the_task_of_the_documentation_builds(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "playground.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "my_tasks.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    out = build_playground(tmp_path / "words", task="my_tasks.Reversal", pretrain_steps=2, progress=False)
+    assert {row["level"] for row in read_rows(out / "eval.jsonl")} == {"short", "long"}
 
 
 @pytest.mark.parametrize(
