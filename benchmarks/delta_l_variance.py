@@ -213,7 +213,8 @@ def _draw_noise(axes, runs):
     axes.set_xticks(places, METHODS, rotation=20, ha="right")
     axes.set_ylabel("coefficient of variation / Dr.GRPO's")
     axes.set_title("Noise of one update (dots: seeds, bars: their mean)")
-    axes.legend(loc="lower left")
+    axes.set_ylim(bottom=axes.get_ylim()[0] - 0.03)
+    axes.legend(loc="lower left", ncols=2)
 
 
 def _draw_squares(axes, runs):
