@@ -67,7 +67,7 @@ def _command(
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
-    parser = _command(commands, "eval", _eval, "measure pass@k of a model, with 95 % intervals")
+    parser = _command(commands, "eval", _eval, "measure pass@k of a model, with confidence intervals")
     parser.add_argument("--model", required=True, help="model directory or hub id, or an adapter that names its base")
     parser.add_argument("--adapter", help="PEFT adapter to put on the model")
     parser.add_argument("--data", required=True, help="JSON lines with prompt, answer and, if there are any, level")

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,21 +119,18 @@ def _load_file(path: Path, builder: str, cache_dir: Path) -> Dataset:
 
 
 def _malformed(path: Path) -> tuple[str, str]:
-    """Line and reason of the first line of JSON lines that is not an object; empty where every line is one."""
-    if path.suffix == ".json":
+    """Line and reason of the first thing in a JSON file that is not what it should be; empty where all is well."""
+    # A `.json` file is one text, and `.jsonl` one on each line.
+    texts = [path.read_bytes()] if path.suffix == ".json" else path.read_bytes().splitlines()
+    for number, text in enumerate(texts, start=1):
         try:
-            json.loads(path.read_text(encoding="utf-8"))
+            row = json.loads(text) if text.strip() else {}
+        except UnicodeDecodeError as error:
+            return f":{number}", f"not UTF-8 text ({error.reason})."
         except json.JSONDecodeError as error:
-            return f":{error.lineno}", f"not valid JSON ({error.msg})."
-        return "", ""
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except json.JSONDecodeError as error:
-                return f":{number}", f"not valid JSON ({error.msg})."
-            if not isinstance(row, dict):
-                return f":{number}", "a line must be a JSON object, {…}."
+            return f":{number + error.lineno - 1}", f"not valid JSON ({error.msg})."
+        if path.suffix == ".jsonl" and not isinstance(row, dict):
+            return f":{number}", "a line must be a JSON object, {…}."
     return "", ""
 
 
@@ -183,9 +180,18 @@ def check_rows(source: Source, columns: Iterable[str]) -> None:
     for column in dict.fromkeys(columns):
         if column not in source.rows.column_names:
             raise InputError(f"{source.name} has no column {column!r}{suggest(column, source.rows.column_names)}")
-        for number, value in enumerate(source.rows[column], start=1):
+        for number, value in enumerate(_values(source, column), start=1):
             if _is_empty(value):
                 raise InputError(f"{source.name}: row {number} has no {column!r}. Fill it in, or remove the row.")
+
+
+def _values(source: Source, column: str) -> Iterator[Any]:
+    try:
+        yield from source.rows[column]
+    except UnicodeDecodeError as error:
+        # Arrow reads files without looking at the encoding, and notices when text is asked for.
+        where, _ = _malformed(Path(source.name)) if Path(source.name).is_file() else ("", "")
+        raise InputError(f"{source.name}{where}: not UTF-8 text ({error.reason}).") from error
 
 
 def _is_empty(value: Any) -> bool:

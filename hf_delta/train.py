@@ -1,5 +1,6 @@
 """Train a recipe from beginning to end. `hf-delta run RECIPE` and `accelerate launch -m hf_delta.train RECIPE` are this."""
 
+import importlib.util
 import logging
 import sys
 import warnings
@@ -23,11 +24,14 @@ from hf_delta.run.card import write_card
 from hf_delta.run.console import announce, console, fail, is_main_process
 from hf_delta.run.directory import check_output_dir, clear, write_manifest
 from hf_delta.run.evaluation import BEFORE, evaluate_policy, evaluation_reward, write_report
-from hf_delta.run.processes import main_first, on_main
+from hf_delta.run.processes import main_first, naming_the_process, on_main
 from hf_delta.run.progress import TrainingProgress
 
 
-logger = logging.getLogger(__name__)
+_INSTALL = {
+    "vllm": "pip install -c constraints-vllm.txt 'hf_delta[vllm]', or write use_vllm: false",
+    "bitsandbytes": "pip install 'hf_delta[quantization]', or leave load_in_4bit and load_in_8bit out",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,18 +66,18 @@ def run(recipe: Recipe) -> Path:
     checkpoint = on_main(check_output_dir, recipe)
     _ready_model(recipe)
     train_rows, eval_rows = _load_rows(recipe, rewards, judge)
-    if recipe.run.overwrite_output_dir:
-        on_main(clear, recipe.output_dir)
 
     trainer = _build_trainer(recipe, train_rows, eval_rows, rewards)
     before = judge and evaluate_policy(trainer, recipe, eval_rows, judge, "before")
     on_main(_write_first_files, recipe, checkpoint, before)
     announce(f"Training: {recipe.trainer} on {len(train_rows)} rows, {recipe.model.model_name_or_path}")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with naming_the_process():
+        trainer.train(resume_from_checkpoint=checkpoint)
     _save(trainer)
 
     after = judge and evaluate_policy(trainer, recipe, eval_rows, judge, "after")
-    on_main(_finish_on_main, trainer, recipe, before, after)
+    results = on_main(_report, recipe, before, after)
+    _publish(trainer, recipe, results)
     if hasattr(trainer, "end"):  # since transformers 5.18
         trainer.end()
     else:
@@ -90,24 +94,28 @@ def _set_up_logging() -> None:
 
 
 def _ready_model(recipe: Recipe) -> None:
-    """Build the playground if there is to be one, and see that the model is there; loads no weights.
-
-    Raises:
-        `InputError`: no model of that name, or a playground that cannot be used.
-    """
+    """Collective: build the playground if there is to be one, and see that the model is there; loads no weights."""
     run = recipe.run
     if run.playground is not None:
         announce(f"Playground in {run.playground}: checking, or building if it is not there")
         on_main(_build_playground, recipe)
-    name = recipe.model.model_name_or_path
-    trust = getattr(recipe.training, "trust_remote_code", False)
+    main_first(_check_model, recipe)
+
+
+def _check_model(recipe: Recipe) -> None:
+    """
+    Raises:
+        `InputError`: there is no model of that name, or a package that it would be loaded with is missing.
+    """
+    name, model, training = recipe.model.model_name_or_path, recipe.model, recipe.training
+    needed = {"vllm": getattr(training, "use_vllm", False), "bitsandbytes": model.load_in_4bit or model.load_in_8bit}
+    for package, is_needed in needed.items():
+        if is_needed and importlib.util.find_spec(package) is None:
+            raise InputError(f"{recipe.source}: {package} is not installed: {_INSTALL[package]}.")
+    trust = getattr(training, "trust_remote_code", False)
     try:
-        main_first(
-            lambda: AutoConfig.from_pretrained(name, revision=recipe.model.model_revision, trust_remote_code=trust)
-        )
+        AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
         where = "has no usable config.json" if Path(name).is_dir() else "is no directory here and no model of the Hub"
         raise InputError(f"model_name_or_path: {name} {where} ({str(error).splitlines()[0]}).") from error
 
@@ -164,26 +172,34 @@ def _save(trainer: Trainer) -> None:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()
-    if trainer.args.push_to_hub:
-        announce(f"Pushing to the Hub: {trainer.hub_model_id}")
-        trainer.push_to_hub()
 
 
 def _write_first_files(recipe: Recipe, checkpoint: str | None, before: Report | None) -> None:
+    if recipe.run.overwrite_output_dir:
+        clear(recipe.output_dir)
     write_manifest(recipe, checkpoint)
     if before is not None:
         before.save(recipe.output_dir / BEFORE, overwrite=True)
 
 
-def _finish_on_main(trainer: Trainer, recipe: Recipe, before: Report | None, after: Report | None) -> None:
-    """Reports, picture, model card, and the card's way to the Hub."""
-    results = before and after and write_report(before, after, recipe.output_dir)
-    picture = plot_run(recipe.output_dir)
+def _report(recipe: Recipe, before: Report | None, after: Report | None) -> str | None:
+    """Comparison and picture; returns the comparison as Markdown."""
+    results = write_report(before, after, recipe.output_dir) if before and after else None
+    announce(f"Curves in {plot_run(recipe.output_dir)}")
+    return results
+
+
+def _publish(trainer: Trainer, recipe: Recipe, results: str | None) -> None:
+    """Collective: upload to the Hub if the recipe says so, and write the model card."""
+    if recipe.training.push_to_hub:
+        announce(f"Pushing to the Hub: {trainer.hub_model_id}")
+        trainer.push_to_hub()
+    if not trainer.is_world_process_zero():
+        return
     card = write_card(trainer, recipe, results)
     if recipe.training.push_to_hub:
-        # trainer.push_to_hub has uploaded TRL's own card.
+        # What trainer.push_to_hub has uploaded is TRL's own card.
         card.push_to_hub(trainer.hub_model_id, token=recipe.training.hub_token)
-    announce(f"Curves in {picture}")
     announce(f"Saved in {recipe.output_dir}; its README.md says how to load it")
 
 

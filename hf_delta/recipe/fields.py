@@ -41,7 +41,7 @@ def build(cls: type[T], nodes: Mapping[str, Node], source: str, preset: Mapping[
         return cls(**{**(preset or {}), **values})
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except (ValueError, TypeError, ImportError, NotImplementedError) as error:
         raise InputError(f"{source}: {error}") from error
 
 

@@ -9,6 +9,10 @@ from rich.markup import escape
 from hf_delta.errors import InputError
 
 
+class OneProcessError(InputError):
+    """Bad input that one process of several met, in its share of the rows for instance, and that only it can report."""
+
+
 def is_main_process() -> bool:
     """Known from the launcher's environment, before torch is imported."""
     return os.environ.get("RANK", "0") == "0"
@@ -26,7 +30,7 @@ def announce(text: str) -> None:
 
 
 def fail(error: InputError) -> int:
-    """Report bad input and return the exit status for it."""
-    if is_main_process():
+    """Report bad input, once where every process met it, and return the exit status for it."""
+    if is_main_process() or isinstance(error, OneProcessError):
         sys.stderr.write(f"error: {error}\n")
     return 2

@@ -1,12 +1,14 @@
 """Things that one process does for all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from hf_delta.errors import InputError
+from hf_delta.run.console import OneProcessError
 
 
 T = TypeVar("T")
@@ -40,3 +42,15 @@ def main_first(function: Callable[..., T], *args: Any) -> T:
     result: list[T] = []
     on_main(lambda: result.append(function(*args)))
     return result[0] if result else function(*args)
+
+
+@contextmanager
+def naming_the_process() -> Iterator[None]:
+    """Inside, processes work on different rows: an `InputError` of one is reported by that one, with its number."""
+    try:
+        yield
+    except InputError as error:
+        state = PartialState()
+        if state.num_processes == 1:
+            raise
+        raise OneProcessError(f"process {state.process_index}: {error}") from error
