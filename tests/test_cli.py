@@ -1,0 +1,141 @@
+"""The commands: what they print, how they fail, and what they leave alone."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import hf_delta.train
+from hf_delta.cli import main
+from hf_delta.errors import InputError
+from hf_delta.evaluation import Report
+from hf_delta.run.console import fail
+from hf_delta.run.processes import naming_the_process
+from tests.running import keys, write
+
+
+def test_help_and_lists_import_no_framework():
+    heavy = "('torch', 'transformers', 'trl', 'peft', 'datasets', 'accelerate')"
+    code = (
+        "import sys, hf_delta.cli\n"
+        "for argv in (['recipes'], ['--help'], ['run', '--help'], ['--version']):\n"
+        "    try: hf_delta.cli.main(argv)\n"
+        "    except SystemExit as end: assert end.code == 0\n"
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "[]"
+
+
+def test_recipes_are_listed_with_one_line_each(capsys):
+    assert main(["recipes"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    named = {line.split()[0]: line for line in lines if line}
+    assert "Supervised fine-tuning" in named["sft/sft"] and "on the playground" in named["rl/delta_l_tiny"]
+    assert "accelerate_configs" in lines[-1]
+
+
+def test_keys_are_listed_with_type_default_and_meaning(capsys):
+    assert main(["keys", "dpo"]) == 0
+    out = capsys.readouterr().out
+    assert "  beta: a number; 0.1" in out and "  train_file: text or a list of text values or null" in out
+    assert main(["keys", "dpoo"]) == 2
+    assert "no recipe of that name" in capsys.readouterr().err
+
+
+def test_both_commands_run_the_same_recipe(tmp_path, playground, monkeypatch):
+    seen = []
+    monkeypatch.setattr(hf_delta.train, "run", seen.append)
+    path = str(write(tmp_path, keys("sft", playground, tmp_path / "out")))
+    flags = ["--learning-rate", "1e-3", "--peft_config.method", "lora"]
+    assert main(["run", path, *flags]) == 0
+    assert hf_delta.train.main([path, *flags]) == 0
+    assert seen[0].values == seen[1].values and seen[0].values["learning_rate"] == 1e-3
+    assert seen[0].training.to_dict() == seen[1].training.to_dict() and seen[0].peft == seen[1].peft
+
+
+def test_bad_input_is_one_line_and_status_2(tmp_path):
+    path = write(tmp_path, "trainer: sft\nlerning_rate: 1\n")
+    for command in (["-m", "hf_delta.cli", "run", str(path)], ["-m", "hf_delta.train", str(path)]):
+        found = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+        assert found.returncode == 2 and "Traceback" not in found.stderr
+        assert found.stderr.splitlines()[-1].startswith(f"error: {path}:2: unknown key 'lerning_rate'")
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
+def test_one_process_of_a_launch_speaks(rank, shown, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    assert hf_delta.train.main(["no-such-recipe"]) == 2
+    assert ("no-such-recipe" in capsys.readouterr().err) == shown
+
+
+def test_what_only_one_process_knows_that_process_says(monkeypatch, capsys):
+    class SecondOfTwo:
+        num_processes, process_index = 2, 1
+
+    monkeypatch.setattr("hf_delta.run.processes.PartialState", SecondOfTwo)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(InputError) as caught, naming_the_process():
+        raise InputError("row 7 is bad")
+    assert fail(caught.value) == 2
+    assert capsys.readouterr().err == "error: process 1: row 7 is bad\n"
+
+
+def test_a_run_needs_a_recipe(capsys):
+    assert hf_delta.train.main([]) == 2
+    assert hf_delta.train.main(["--max_steps", "2"]) == 2
+    assert "the first argument is a recipe" in capsys.readouterr().err
+
+
+def test_eval_writes_a_report_and_a_table(tmp_path, playground, capsys):
+    out = tmp_path / "report.json"
+    rows = [json.loads(line) for line in (playground / "eval.jsonl").read_text().splitlines()]
+    few = write_rows(tmp_path, [row for row in rows if row["level"] in ("add1", "add2")][:20])
+    command = ["eval", "--model", str(playground / "model"), "--data", str(few), "--k", "1", "2", "--samples", "3"]
+    assert main([*command, "--max-new-tokens", "8", "--out", str(out)]) == 0
+    report = Report.load(out)
+    assert report.settings["ks"] == [1, 2] and report.settings["samples"] == 3
+    assert len(report.problems) == 20
+    printed = capsys.readouterr().out
+    assert "pass@2" in printed and "add1" in printed and str(out) in printed
+    written = out.read_bytes()
+    assert main([*command, "--out", str(out)]) == 2
+    assert "exists" in capsys.readouterr().err and out.read_bytes() == written
+
+
+def test_eval_says_where_a_report_goes_by_itself(tmp_path, capsys):
+    assert main(["eval", "--model", "some/model", "--data", "x"]) == 2
+    assert "--out: some/model is no directory here" in capsys.readouterr().err
+    (tmp_path / "eval.json").write_text("{}")
+    assert main(["eval", "--model", str(tmp_path), "--data", "x"]) == 2
+    assert f"{tmp_path / 'eval.json'} exists" in capsys.readouterr().err
+
+
+def test_plot(tmp_path, capsys):
+    log = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3)]
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    assert main(["plot", str(tmp_path)]) == 0
+    assert (tmp_path / "curves.png").stat().st_size > 0
+    assert main(["plot", str(tmp_path / "nothing")]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+def test_playground_is_built_once_and_another_one_is_refused(playground, capsys):
+    # The fixture was pre-trained for fewer steps than the command takes.
+    assert main(["playground", "--out", str(playground)]) == 2
+    assert "pretrain_steps" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_playground(tmp_path, capsys):
+    out = tmp_path / "world"
+    assert main(["playground", "--out", str(out), "--seed", "3"]) == 0
+    assert str(out) in capsys.readouterr().out and json.loads((out / "playground.json").read_text())["seed"] == 3
+    assert main(["playground", "--out", str(out), "--seed", "4"]) == 2
+
+
+def write_rows(folder, rows):
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

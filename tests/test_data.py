@@ -1,0 +1,141 @@
+"""Rows from files and the Hub: what is loaded, renamed, numbered and wrapped."""
+
+import json
+
+import datasets
+import pytest
+from datasets import Dataset
+
+from hf_delta.data import CACHE, as_conversation, load_eval_rows, load_train_rows
+from hf_delta.errors import InputError
+from hf_delta.recipe.arguments import DataArguments
+
+
+ROWS = [{"prompt": f"{i}+1:", "answer": str(i + 1), "level": "one"} for i in range(4)]
+
+
+def write(path, rows):
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        table = Dataset.from_list(rows)
+        (table.to_csv if path.suffix == ".csv" else table.to_parquet)(str(path))
+    return str(path)
+
+
+def load(folder, trainer="grpo", rewards=(), **keys):
+    return load_train_rows(DataArguments(**keys), trainer, folder / "out" / CACHE, rewards)
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "csv", "parquet"])
+def test_formats(tmp_path, suffix):
+    rows = load(tmp_path, train_file=write(tmp_path / f"rows.{suffix}", ROWS))
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in ROWS]
+    assert [str(row["answer"]) for row in rows] == ["1", "2", "3", "4"]
+
+
+def test_files_are_joined_and_what_is_written_stays_in_the_cache_directory(tmp_path):
+    files = [write(tmp_path / "a.jsonl", ROWS[:1]), write(tmp_path / "b.jsonl", ROWS[1:])]
+    elsewhere = sorted(map(str, datasets.config.HF_DATASETS_CACHE.rglob("*")))
+    before = sorted(tmp_path.iterdir())
+    assert load(tmp_path, train_file=files)["answer"] == ["1", "2", "3", "4"]
+    assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "out"])
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [CACHE]
+    assert elsewhere == sorted(map(str, datasets.config.HF_DATASETS_CACHE.rglob("*")))
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    assert load(tmp_path, train_file=write(file, ROWS))["answer"] == ["1", "2", "3", "4"]
+    assert load(tmp_path, train_file=write(file, [{**ROWS[0], "answer": "changed"}]))["answer"] == ["changed"]
+
+
+def test_prompt_ids_are_row_numbers_where_there_are_none(tmp_path):
+    def reward(completions, **kwargs):
+        return [0.0] * len(completions)
+
+    files = [write(tmp_path / "a.jsonl", ROWS[:1]), write(tmp_path / "b.jsonl", ROWS[1:])]
+    assert load(tmp_path, rewards=[reward], train_file=files)["prompt_id"] == ["0", "1", "2", "3"]
+    named = [{**row, "prompt_id": f"p{i}"} for i, row in enumerate(ROWS)]
+    assert load(tmp_path, rewards=[reward], train_file=write(tmp_path / "c.jsonl", named))["prompt_id"] == [
+        "p0",
+        "p1",
+        "p2",
+        "p3",
+    ]
+
+
+def test_columns_are_renamed_and_the_one_of_that_name_gives_way(tmp_path):
+    rows = [{"prompt": "no", "question": "yes", "target": "1"}]
+    mapping = {"prompt": "question", "answer": "target"}
+    found = load(tmp_path, train_file=write(tmp_path / "rows.jsonl", rows), dataset_columns=mapping)
+    assert found[0] == {"prompt": "yes", "answer": "1"}
+
+
+def test_first_rows_only(tmp_path):
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    assert load(tmp_path, train_file=file, max_train_rows=2)["answer"] == ["1", "2"]
+    assert len(load(tmp_path, train_file=file, max_train_rows=9)) == 4
+
+
+def test_conversations():
+    row = {"prompt": "p", "completion": "c", "chosen": "x", "rejected": "y", "answer": "a"}
+    user, system = {"role": "user", "content": "p"}, {"role": "system", "content": "s"}
+    assert as_conversation({"prompt": "p", "answer": "a"}) == {"prompt": [user]}
+    assert as_conversation(row, "s") == {
+        "prompt": [system, user],
+        "completion": [{"role": "assistant", "content": "c"}],
+        "chosen": [{"role": "assistant", "content": "x"}],
+        "rejected": [{"role": "assistant", "content": "y"}],
+    }
+    assert as_conversation({"prompt": [user]}, "s") == {}
+
+
+def test_conversational_rows_reach_the_trainer_as_messages(tmp_path):
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    rows = load(tmp_path, train_file=file, prompt_style="conversational", system_prompt="Add.")
+    assert rows[2]["prompt"] == [{"role": "system", "content": "Add."}, {"role": "user", "content": "2+1:"}]
+    assert rows[2]["answer"] == "3"
+
+
+def test_hub_datasets_are_asked_for_by_name_config_and_split(tmp_path, monkeypatch):
+    asked = []
+
+    def hub(name, config, split):
+        asked.append((name, config, split))
+        return Dataset.from_list(ROWS)
+
+    monkeypatch.setattr("hf_delta.data.load_dataset", hub)
+    args = DataArguments(dataset_name="some/where", dataset_config="en", dataset_split="train[:4]", eval_split="test")
+    assert len(load_train_rows(args, "grpo", tmp_path)) == len(load_eval_rows(args, ["evaluation"], tmp_path)) == 4
+    assert asked == [("some/where", "en", "train[:4]"), ("some/where", "en", "test")]
+
+
+def test_a_hub_dataset_that_cannot_be_had_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"dataset_name: no/such-thing \(train\) cannot be loaded"):
+        load(tmp_path, dataset_name="no/such-thing")
+
+
+def test_evaluation_rows_are_loaded_only_for_a_use(tmp_path):
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    args = DataArguments(train_file=file, eval_file=file)
+    assert load_eval_rows(args, [], tmp_path) is None
+    assert len(load_eval_rows(args, ["grpo", "evaluation"], tmp_path)) == 4
+    with pytest.raises(InputError, match="trainer dpo needs prompt, chosen, rejected or chosen, rejected"):
+        load_eval_rows(args, ["evaluation", "dpo"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "row"),
+    [
+        ("sft", {"text": "a"}),
+        ("sft", {"messages": [{"role": "user", "content": "a"}]}),
+        ("sft", {"prompt": "a", "completion": "b"}),
+        ("dpo", {"chosen": "a", "rejected": "b"}),
+        ("grpo", {"prompt": "a"}),
+    ],
+)
+def test_columns_that_trainers_take(tmp_path, trainer, row):
+    assert load(tmp_path, trainer, train_file=write(tmp_path / "rows.jsonl", [row])).column_names == list(row)
