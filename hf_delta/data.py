@@ -109,7 +109,9 @@ def _load_files(files: str | list[str], key: str, cache_dir: Path) -> list[Sourc
 
 
 def _load_file(path: Path, builder: str, cache_dir: Path) -> Dataset:
-    if not path.read_bytes()[:4096].strip():
+    with path.open("rb") as file:
+        beginning = file.read(4096)
+    if not beginning.strip():
         raise InputError(f"{path} has no rows.")
     try:
         return load_dataset(builder, data_files=str(path), split="train", cache_dir=str(cache_dir))

@@ -151,6 +151,17 @@ def test_another_run_is_not_overwritten_unless_told_to(tmp_path, playground):
     assert not (out / "left-over").exists() and not (out / "checkpoint-7").exists() and (out / "run.json").exists()
 
 
+def test_a_run_that_ended_before_its_first_checkpoint_may_simply_start_again(tmp_path, playground, monkeypatch):
+    (tmp_path / "broken_reward.py").write_text("def reward(completions, **kwargs):\n    raise KeyError('oops')\n")
+    monkeypatch.chdir(tmp_path)
+    content = keys("grpo", playground, tmp_path / "out", max_steps=1, reward_funcs=["broken_reward.reward"])
+    with pytest.raises(InputError, match="'reward' raised KeyError"):
+        train(tmp_path, content)
+    assert (tmp_path / "out" / "run.json").exists()
+    out = train(tmp_path, {**content, "reward_funcs": ["playground_reward"]})
+    assert (out / "trainer_state.json").exists()
+
+
 def test_a_directory_that_is_no_run_is_never_deleted(tmp_path, playground):
     out = tmp_path / "out"
     (out / "thesis").mkdir(parents=True)

@@ -9,12 +9,10 @@ import torch
 
 from hf_delta.errors import InputError
 from hf_delta.imports import load_object
-from hf_delta.rl.rewards import checked_reward
+from hf_delta.rl.rewards import NAMED_REWARDS, checked_reward
 
 
 CORRECT_ABOVE = 0.5
-
-NAMED_REWARDS = {"playground_reward": "hf_delta.playground.rewards.playground_reward"}
 
 
 def load_reward(reward: str | Callable) -> Callable:

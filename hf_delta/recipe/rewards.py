@@ -8,10 +8,8 @@ from typing import Any
 from hf_delta.errors import InputError
 from hf_delta.imports import load_object
 from hf_delta.recipe.fields import suggest
+from hf_delta.rl.rewards import NAMED_REWARDS
 
-
-# Ours, by the name used in recipes. Everything in trl.rewards is known without an entry.
-REWARDS = {"playground_reward": "hf_delta.playground.rewards.playground_reward"}
 
 # What TRL passes to every reward function besides the columns of the dataset.
 PASSED_BY_TRL = (
@@ -73,11 +71,11 @@ def _find(name: str, key: str) -> Any:
         raise InputError(f"{key}: {name} needs math_verify, which is not installed: pip install 'hf_delta[math]'.")
     if name in in_trl:
         return getattr(rewards, name)
-    if name in REWARDS:
-        return load_object(REWARDS[name], key)
+    if name in NAMED_REWARDS:
+        return load_object(NAMED_REWARDS[name], key)
     if "." in name:
         return load_object(name, key)
-    raise InputError(f"{key}: no reward function {name!r}{suggest(name, [*in_trl, *REWARDS])}")
+    raise InputError(f"{key}: no reward function {name!r}{suggest(name, [*in_trl, *NAMED_REWARDS])}")
 
 
 def _required_text(function: Callable) -> str:

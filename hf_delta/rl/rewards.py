@@ -11,6 +11,10 @@ import torch
 from hf_delta.errors import InputError
 
 
+# Our own reward functions, by the name that recipes and commands use; one line each.
+NAMED_REWARDS = {"playground_reward": "hf_delta.playground.rewards.playground_reward"}
+
+
 def checked_reward(function: Callable, name: str) -> Callable:
     """Wrap a reward function so that what it raises or returns is reported with its name and the row.
 

@@ -13,12 +13,16 @@ from hf_delta.checkpoint import is_complete, newest_complete_checkpoint
 from hf_delta.data import CACHE
 from hf_delta.errors import InputError
 from hf_delta.recipe import Recipe
+from hf_delta.run.evaluation import BEFORE
 
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "run.json"
 FORMAT_VERSION = 1
+
+# What a run leaves that ended before its first checkpoint, for example at a wrong reward: nothing that would be missed.
+_BEFORE_TRAINING = {MANIFEST, BEFORE}
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -38,6 +42,9 @@ def check_output_dir(recipe: Recipe) -> str | None:
     if run.resume_from_checkpoint:
         return _newest_checkpoint(recipe)
     if not _leftovers(out):
+        return None
+    if {path.name for path in _leftovers(out)} <= _BEFORE_TRAINING:
+        logger.info("%s holds a run that ended before its first checkpoint: it starts from the beginning.", out)
         return None
     if not (out / MANIFEST).is_file():
         raise InputError(
