@@ -248,7 +248,7 @@ def test_help_of_keys_by_recipe_and_by_trainer():
         (("out\n", "out\nsystem_prompt: x\n"), "needs prompt_style: conversational"),
         (("out\n", "out\nmax_train_rows: 0\n"), "max_train_rows must be at least 1"),
         # Upstream's own checks, with the file in front.
-        (("out\n", "out\nwarmup_steps: -3\n"), "recipe.yaml: Got warmup_steps = -3.0"),
+        (("out\n", "out\nfp16: true\nbf16: true\n"), "recipe.yaml: At most one of fp16 and bf16"),
     ],
 )
 def test_keys_that_do_not_go_together(tmp_path, change, said):
