@@ -38,7 +38,12 @@ def two_processes(world, tmp_path_factory):
         ),
         *("-m", "tests.distributed.worker", str(out), world),
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+        "ACCELERATE_TORCH_DEVICE": "cpu",
+    }
     launch = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
 
     def results(case):
