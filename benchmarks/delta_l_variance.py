@@ -9,7 +9,7 @@ update is `sum_i c_i g_i` with the coefficients of the method, and over many bat
     CV = sqrt(E |u - E u|^2) / |E u|          scale = |E u| / |E u of Dr.GRPO|.
 
 All of it follows from the Gram matrix of the gradients, so the resampling is exact linear algebra and no training. The
-closed form is the paper's: E g_i equal for all lengths and Var g_i = V L_i, with the lengths that were sampled.
+closed form is the paper's: E g_i = mu for all lengths and Var g_i = V L_i with V >> mu^2, with the lengths that were sampled.
 """
 
 import argparse

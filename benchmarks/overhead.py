@@ -75,7 +75,9 @@ def _own_seconds(stats):
     """`(total, {function: seconds})`; what our functions call counts as theirs, except TRL's code behind `super()`."""
     cumulative, own = collections.Counter(), collections.Counter()
     for (file, _, function), (_, _, inside, total, _) in stats.items():
-        cumulative[function] += total
+        # Functions of the same name elsewhere, `Trainer.train` above all, contain the same seconds again.
+        if "/hf_delta/" in file:
+            cumulative[function] += total
         if "/hf_delta/_compat/" in file:
             own[f"seams ({function})" if function != "dropout_off" else function] += inside
     seconds = {

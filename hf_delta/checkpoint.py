@@ -22,6 +22,9 @@ FORMAT = "hf_delta.state"
 FORMAT_VERSION = 1
 _TENSOR = "__tensor__"
 
+STATE_FILE = "hf_delta_state.safetensors"
+ROLLOUTS_FILE = "hf_delta_rollouts_{rank}.safetensors"
+
 
 def save_state(path: str | Path, state: Any) -> None:
     """Write a state to a safetensors file; a reader never sees half of it.
@@ -37,6 +40,15 @@ def save_state(path: str | Path, state: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata=header)
     os.replace(partial, path)
+
+
+def check_state(state: Any) -> None:
+    """Whether [`save_state`] can write a state.
+
+    Raises:
+        `TypeError` or `ValueError`: it cannot, and why.
+    """
+    json.dumps(_pack(state, {}), allow_nan=False)
 
 
 def load_state(path: str | Path) -> Any:
@@ -98,11 +110,21 @@ def newest_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> P
     return None
 
 
+def steps_of(checkpoint: str | Path) -> int:
+    """Optimizer steps that a complete checkpoint has behind it."""
+    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+
+
 def is_complete(checkpoint: str | Path, world_size: int = 1) -> bool:
     """Whether a checkpoint was written to its end by every process.
 
     A process killed while it saves leaves a checkpoint without the last file of rank 0, `trainer_state.json`, without the
     random state of another rank, or with a torch file cut short.
+
+    Args:
+        checkpoint (`str` or `Path`): Directory of the checkpoint.
+        world_size (`int`, *optional*, defaults to `1`): Processes of this run. How many wrote the checkpoint stands in it
+            if [`DeltaGRPOTrainer`] did; otherwise more than one are taken for granted where this run has more than one.
     """
     checkpoint = Path(checkpoint)
     try:
@@ -110,7 +132,28 @@ def is_complete(checkpoint: str | Path, world_size: int = 1) -> bool:
     except (OSError, json.JSONDecodeError):
         return False
     ranks = len(list(checkpoint.glob("rng_state_*.pth")))
-    if 0 < ranks < world_size:
+    if 0 < ranks < _writers(checkpoint, default=min(world_size, 2)):
         return False
-    # The directory at the end of a zip file is what torch.save writes last.
-    return all(zipfile.is_zipfile(path) for pattern in ("*.pt", "*.pth") for path in checkpoint.glob(pattern))
+    # The directory at the end of a zip file is what torch.save writes last; safetensors knows its length from its header.
+    whole = all(zipfile.is_zipfile(path) for pattern in ("*.pt", "*.pth") for path in checkpoint.glob(pattern))
+    return whole and all(map(_is_whole, checkpoint.glob("*.safetensors")))
+
+
+def _is_whole(path: Path) -> bool:
+    if path.name == STATE_FILE:
+        # Ours says itself what is wrong with it, to whoever resumes from it.
+        return True
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+def _writers(checkpoint: Path, default: int) -> int:
+    """How many processes wrote a checkpoint."""
+    try:
+        return load_state(checkpoint / STATE_FILE)["layout"]["num_processes"]
+    except (InputError, KeyError, TypeError):
+        # No such file, or a damaged one: whoever reads it to resume will say so.
+        return default

@@ -1,5 +1,6 @@
 """Train a recipe from beginning to end. `hf-delta run RECIPE` and `accelerate launch -m hf_delta.train RECIPE` are this."""
 
+import gc
 import importlib.util
 import logging
 import sys
@@ -13,6 +14,8 @@ from rich.logging import RichHandler
 from transformers import AutoConfig, ProgressCallback, Trainer
 from trl import get_quantization_config
 
+from hf_delta._compat.transformers import load_checkpoint
+from hf_delta.checkpoint import steps_of
 from hf_delta.data import CACHE, load_eval_rows, load_train_rows
 from hf_delta.errors import InputError
 from hf_delta.evaluation import Report
@@ -20,13 +23,15 @@ from hf_delta.playground import build_playground
 from hf_delta.plot import plot_run
 from hf_delta.recipe import Recipe, load_recipe
 from hf_delta.recipe.rewards import resolve_reward
-from hf_delta.run.card import write_card
+from hf_delta.run.card import absolute, write_card
 from hf_delta.run.console import announce, console, fail, is_main_process
 from hf_delta.run.directory import check_output_dir, clear, write_manifest
 from hf_delta.run.evaluation import BEFORE, evaluate_policy, evaluation_reward, write_report
 from hf_delta.run.processes import main_first, naming_the_process, on_main
 from hf_delta.run.progress import TrainingProgress
 
+
+logger = logging.getLogger(__name__)
 
 _INSTALL = {
     "vllm": "pip install -c constraints-vllm.txt 'hf_delta[vllm]', or write use_vllm: false",
@@ -45,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(load_recipe(argv[0], argv[1:]))
     except InputError as error:
         return fail(error)
+    except KeyboardInterrupt:
+        announce("Interrupted. The same command with --resume_from_checkpoint true goes on from the last checkpoint.")
+        return 130
     return 0
 
 
@@ -70,18 +78,13 @@ def run(recipe: Recipe) -> Path:
     trainer = _build_trainer(recipe, train_rows, eval_rows, rewards)
     before = judge and evaluate_policy(trainer, recipe, eval_rows, judge, "before")
     on_main(_write_first_files, recipe, checkpoint, before)
-    announce(f"Training: {recipe.trainer} on {len(train_rows)} rows, {recipe.model.model_name_or_path}")
-    with naming_the_process():
-        trainer.train(resume_from_checkpoint=checkpoint)
+    _train(trainer, recipe, checkpoint)
     _save(trainer)
 
     after = judge and evaluate_policy(trainer, recipe, eval_rows, judge, "after")
     results = on_main(_report, recipe, before, after)
     _publish(trainer, recipe, results)
-    if hasattr(trainer, "end"):  # since transformers 5.18
-        trainer.end()
-    else:
-        trainer.accelerator.end_training()
+    _end(trainer)
     return recipe.output_dir
 
 
@@ -150,19 +153,53 @@ def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | Non
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
-    trainer = recipe.trainer_class(
-        model=model.model_name_or_path,
-        args=training,
-        train_dataset=train_rows,
-        eval_dataset=eval_rows if training.eval_strategy != "no" else None,
-        quantization_config=get_quantization_config(model),
-        peft_config=recipe.peft,
-        **({"reward_funcs": rewards} if rewards else {}),
-    )
+    try:
+        trainer = recipe.trainer_class(
+            # Absolute, because an adapter remembers it and may be loaded from another directory.
+            model=absolute(model.model_name_or_path),
+            args=training,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows if training.eval_strategy != "no" else None,
+            quantization_config=get_quantization_config(model),
+            peft_config=recipe.peft,
+            **({"reward_funcs": rewards} if rewards else {}),
+        )
+    except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError) as error:
+        if isinstance(error, InputError):
+            raise
+        logger.debug("The constructor of the trainer failed.", exc_info=True)
+        raise InputError(f"{recipe.source}: {type(error).__name__}: {str(error).strip()}") from error
     if not training.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(TrainingProgress)
     return trainer
+
+
+def _train(trainer: Trainer, recipe: Recipe, checkpoint: str | None) -> None:
+    """Collective: train, or take over a checkpoint that is at `max_steps` already, so that a run can be given again."""
+    done = 0 if checkpoint is None else steps_of(checkpoint)
+    if not 0 < recipe.training.max_steps <= done:
+        announce(f"Training: {recipe.trainer}, {recipe.model.model_name_or_path}")
+        with naming_the_process():
+            trainer.train(resume_from_checkpoint=checkpoint)
+        return
+    reached = f"{checkpoint} is at step {done}, and max_steps is {recipe.training.max_steps}"
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise InputError(f"{reached}: the run is finished. Raise max_steps to go on with it.")
+    announce(f"{reached}: nothing is left to train")
+    load_checkpoint(trainer, checkpoint)
+
+
+def _end(trainer: Trainer) -> None:
+    """Collective: finish trackers and leave the process group."""
+    # DDP's reducer must not be the last owner of the group: freed after it, it can wait for ever for a thread of gloo.
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    gc.collect()
+    if hasattr(trainer, "end"):  # since transformers 5.18
+        trainer.end()
+    else:
+        trainer.accelerator.end_training()
 
 
 def _save(trainer: Trainer) -> None:
@@ -185,7 +222,10 @@ def _write_first_files(recipe: Recipe, checkpoint: str | None, before: Report | 
 def _report(recipe: Recipe, before: Report | None, after: Report | None) -> str | None:
     """Comparison and picture; returns the comparison as Markdown."""
     results = write_report(before, after, recipe.output_dir) if before and after else None
-    announce(f"Curves in {plot_run(recipe.output_dir)}")
+    try:
+        announce(f"Curves in {plot_run(recipe.output_dir)}")
+    except InputError as error:  # a run without a single logged value
+        logger.warning("%s", error)
     return results
 
 

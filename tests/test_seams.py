@@ -8,8 +8,10 @@ import textwrap
 
 import pytest
 import trl
+from transformers import Trainer
 from trl.trainer import grpo_trainer
 
+from hf_delta._compat import transformers as transformers_compat
 from hf_delta._compat import trl as compat
 
 
@@ -44,9 +46,22 @@ def test_rollouts_carry_what_the_trainer_reads():
         assert f'"{key}"' in source
 
 
-@pytest.mark.parametrize("version", ["1.15.0", "1.17.0", "2.0.0"])
+@pytest.mark.parametrize("name", transformers_compat.SEAMS)
+def test_signatures_of_the_trainer_are_the_recorded_ones(name):
+    assert tuple(inspect.signature(getattr(Trainer, name)).parameters) == transformers_compat.SEAMS[name]
+
+
+@pytest.mark.parametrize("name", compat.SAMPLER_ATTRIBUTES)
+def test_the_sampler_has_what_resuming_needs(name):
+    assert f"self.{name} = " in inspect.getsource(compat.RepeatSampler.__init__)
+    assert "torch.randperm(self.num_samples, generator=self.generator)" in inspect.getsource(
+        compat.RepeatSampler.__iter__
+    )
+
+
+@pytest.mark.parametrize("version", ["1.15.0", "1.17.0.dev0", "1.17.0", "2.0.0"])
 def test_another_trl_is_refused_with_what_to_install(version):
-    with pytest.raises(ImportError, match=r"pip install 'trl>=1.16.0,<1.17.0'"):
+    with pytest.raises(ImportError, match=r"pip install 'trl(<1.17,>=1.16|>=1.16,<1.17)'"):
         compat.require_supported_trl(version)
 
 

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from datasets import load_dataset
+from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +16,7 @@ from hf_delta.errors import InputError
 from hf_delta.evaluation import Report
 from hf_delta.recipe import load_recipe
 from hf_delta.run.directory import check_output_dir
+from hf_delta.train import main
 from tests.running import LORA, keys, train, write
 
 
@@ -196,6 +198,50 @@ def test_a_resumed_run_ends_where_a_straight_one_does(tmp_path, playground, expl
     assert json.loads((out / "run.json").read_text())["resumed_from"] == str(out / "checkpoint-2")
 
 
+@pytest.mark.parametrize("trainer", ["sft", "grpo"])
+def test_a_finished_run_given_again_trains_no_further_step(tmp_path, playground, trainer):
+    content = keys(trainer, playground, tmp_path / "out", max_steps=2, **CONSTANT)
+    out = train(tmp_path, content)
+    finished = weights(out)
+    (out / "model.safetensors").unlink()  # as if it had been killed between its last checkpoint and the end
+    for steps in ("2", "1"):
+        train(tmp_path, content, "--resume_from_checkpoint", "true", "--max_steps", steps)
+        assert_equal(weights(out), finished)
+        assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 2
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2"]
+
+
+def test_an_adapter_knows_its_base_from_any_directory(tmp_path, playground, monkeypatch):
+    monkeypatch.chdir(playground.parent)
+    content = keys("sft", playground.name, "out", max_steps=1, peft_config=LORA, output_dir=str(tmp_path / "out"))
+    out = train(tmp_path, content)
+    monkeypatch.chdir(tmp_path)
+    assert AutoPeftModelForCausalLM.from_pretrained(out) is not None
+    assert str(out.resolve()) in (out / "README.md").read_text()
+
+
+def test_what_the_constructor_of_the_trainer_refuses_is_one_line(tmp_path, playground):
+    wrong = {"method": "lora", "target_modules": ["nope_proj"]}
+    with pytest.raises(InputError, match="recipe.yaml: .*nope_proj"):
+        train(tmp_path, keys("sft", playground, tmp_path / "out", peft_config=wrong))
+
+
+def test_an_output_directory_that_cannot_be_made(tmp_path, playground):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="cannot be written"):
+            train(tmp_path, keys("sft", playground, out))
+
+
+def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_delta.train.load_recipe", interrupted)
+    assert main(["quickstart"]) == 130
+    assert "--resume_from_checkpoint true" in capsys.readouterr().err
+
+
 def test_a_run_may_go_on_in_another_directory(tmp_path, playground):
     content = keys("sft", playground, tmp_path / "first", max_steps=2, **CONSTANT)
     first = train(tmp_path, content)
@@ -230,7 +276,7 @@ def test_resuming_where_there_is_nothing_yet_starts(tmp_path, playground, caplog
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"trainer": "dpo", "loss_type": None}, "loss_type"),
+        ({"trainer": "dpo", "loss_type": None}, "trainer is 'sft' there and 'dpo' here"),
         ({"loss_type": "dft"}, "loss_type is 'nll' there and 'dft' here"),
         ({"peft_config": {"method": "miss", "r": 4}}, "peft_config.method is 'lora' there and 'miss' here"),
         ({"peft_config": {**LORA, "r": 8}}, "peft_config.r is 4 there and 8 here"),

@@ -5,6 +5,7 @@ names, so that a new TRL release is one file's work; `tests/test_seams.py` compa
 """
 
 import importlib.metadata
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
 
 
-SUPPORTED_TRL = (Version("1.16.0"), Version("1.17.0"))
+SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
 
 
 def require_supported_trl(installed: str | None = None) -> None:
@@ -25,17 +26,19 @@ def require_supported_trl(installed: str | None = None) -> None:
         `ImportError`: the installed TRL is outside the tested range; the message says what to install.
     """
     installed = installed or importlib.metadata.version("trl")
-    lowest, first_refused = SUPPORTED_TRL
-    if not lowest <= Version(installed) < first_refused:
+    # A development version of 1.17 is below 1.17 and not in `<1.17`, which is what it must be.
+    if not SUPPORTED_TRL.contains(installed, prereleases=True):
         raise ImportError(
-            f"hf_delta uses private methods of TRL that were recorded for trl>={lowest},<{first_refused}, and trl "
-            f"{installed} is installed. Run: pip install 'trl>={lowest},<{first_refused}'"
+            f"hf_delta uses private methods of TRL that were recorded for trl{SUPPORTED_TRL}, and trl {installed} is "
+            f"installed. Run: pip install 'trl{SUPPORTED_TRL}'"
         )
 
 
 require_supported_trl()
 
-from trl import GRPOTrainer  # noqa: E402  (after the version check, which has the better message)
+# After the version check, which has the better message.
+from trl import GRPOTrainer  # noqa: E402
+from trl.trainer.utils import RepeatSampler  # noqa: E402
 
 
 # Parameters of each private method that is overridden or called, as of TRL 1.16.
@@ -59,6 +62,9 @@ SEAMS: dict[str, tuple[str, ...]] = {
 # Private attributes that are read or written.
 ATTRIBUTES: tuple[str, ...] = ("_metrics", "_logs", "_step", "_buffered_inputs")
 
+# Attributes of TRL's sampler that a resumed run needs.
+SAMPLER_ATTRIBUTES: tuple[str, ...] = ("shuffle", "num_samples", "generator")
+
 # Values of `loss_type` that TRL's `GRPOTrainer` implements. TRL finds a wrong one only after the first generation.
 GRPO_LOSS_TYPES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
@@ -68,6 +74,7 @@ class GRPOHooks(GRPOTrainer):
 
     Hooks, all optional:
         `on_rollouts(rollouts, rewards_per_func, rows)`: after each training generation, may edit `rollouts` in place.
+        `on_eval_rollouts(rollouts, rows)`: after each generation of an evaluation.
         `save_extra_state(checkpoint)`: before TRL writes a checkpoint, on every rank; the directory exists.
         `load_extra_state(checkpoint)`: on resume, on every rank, after model and optimizer are loaded.
     """
@@ -75,6 +82,9 @@ class GRPOHooks(GRPOTrainer):
     rollout_dropout: bool = True
 
     def on_rollouts(self, rollouts: dict[str, Any], rewards_per_func: torch.Tensor, rows: list[dict]) -> None:
+        pass
+
+    def on_eval_rollouts(self, rollouts: dict[str, Any], rows: list[dict]) -> None:
         pass
 
     def save_extra_state(self, checkpoint: Path) -> None:
@@ -99,15 +109,21 @@ class GRPOHooks(GRPOTrainer):
         return {"step": self._step, "pending_metrics": pending}
 
     def load_generation_state(self, state: dict[str, Any]) -> None:
-        """Counterpart of [`generation_state`]; also moves the sampler on to the epoch of the checkpoint."""
+        """Counterpart of [`generation_state`]."""
         self._step = state["step"]
         for name, values in state["pending_metrics"].items():
             self._metrics["train"][name] = values.tolist()
-        # TRL's sampler draws a new order each epoch from a generator that starts over in a new process.
+
+    def advance_sampler(self) -> None:
+        """Move TRL's sampler on to the epoch in which the run resumes; in a new process it starts over with the first."""
         sampler = self._train_sampler
-        if sampler is not None and sampler.shuffle:
-            for _ in range(int(self.state.epoch + 1e-6)):
-                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        # A streaming dataset has no sampler, and a subclass may have its own.
+        if not isinstance(sampler, RepeatSampler) or not sampler.shuffle:
+            return
+        micro_steps = len(sampler) // self.args.generation_batch_size
+        steps_per_epoch = max(math.ceil(micro_steps / self.args.gradient_accumulation_steps), 1)
+        for _ in range(self.state.global_step // steps_per_epoch):
+            torch.randperm(sampler.num_samples, generator=sampler.generator)
 
     @property
     def steps_per_window(self) -> int:
@@ -137,6 +153,8 @@ class GRPOHooks(GRPOTrainer):
         rollouts = super()._generate_and_score_completions(inputs)
         if self.model.training:
             self.on_rollouts(rollouts, self._rewards_per_func, inputs)
+        else:
+            self.on_eval_rollouts(rollouts, inputs)
         return rollouts
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list) -> torch.Tensor:
@@ -181,6 +199,6 @@ def dropout_off(model: torch.nn.Module, enabled: bool = True) -> Iterator[None]:
             module.training = mode
 
 
-def gather_column(rows: list[dict], column: str) -> list:
-    """Values of one column of this rank's rows, gathered over all ranks in sampler order."""
-    return gather_object([row[column] for row in rows])
+def gather_column(rows: list[dict], column: str) -> list[str]:
+    """Values of one column of this rank's rows as strings, gathered over all ranks in sampler order."""
+    return gather_object([str(row[column]) for row in rows])

@@ -72,4 +72,7 @@ def _load(auto: Any, path: str | Path, what: str) -> Any:
     except Exception as error:
         where = "the directory" if local else "no such directory here; as a hub name"
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"No {what} could be loaded from {path} ({where}: {reason}).") from error
+        raise InputError(
+            f"No {what} could be loaded from {path} ({where}: {reason}). If {path} stands in an adapter_config.json, give "
+            "the base as the model and that directory as its adapter."
+        ) from error

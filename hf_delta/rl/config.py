@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 from trl import GRPOConfig
 
 from hf_delta._compat.trl import GRPO_LOSS_TYPES
 from hf_delta.errors import InputError
 from hf_delta.imports import load_object
+from hf_delta.rl.weights import WEIGHT_RULES
 
 
 @dataclass
@@ -26,10 +28,11 @@ class DeltaGRPOConfig(GRPOConfig):
             Sequences over which the weights of `loss_type="delta_l"` have mean 1: `"batch"`, the generation batch of all
             processes, or `"group"`, the rollouts of one prompt.
         advantage_transforms (`list[str]`, *optional*):
-            Dotted paths of your own weight rules, see [`~hf_delta.rl.weights.AdvantageTransform`]: functions, or classes
-            that are instantiated with their entry in `advantage_transform_kwargs`. Their weights are multiplied.
+            Weight rules, by name in `WEIGHT_RULES` or by dotted path for your own, see
+            [`~hf_delta.rl.weights.AdvantageTransform`]: functions, or classes that are instantiated with their entry in
+            `advantage_transform_kwargs`. Their weights are multiplied.
         advantage_transform_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments for the classes in `advantage_transforms`, by dotted path.
+            Keyword arguments for the classes in `advantage_transforms`, by the same name.
         rollout_dropout (`bool`, *optional*, defaults to `False`):
             Whether rollouts made with transformers keep dropout on, as TRL does. Off by default, because dropout makes
             the policy that generates another than the policy that is trained.
@@ -49,10 +52,10 @@ class DeltaGRPOConfig(GRPOConfig):
         metadata={"help": "Where the weights of loss_type='delta_l' have mean 1.", "choices": ["batch", "group"]},
     )
     advantage_transforms: list[str] | None = field(
-        default=None, metadata={"help": "Dotted paths of your own weight rules; their weights are multiplied."}
+        default=None, metadata={"help": "Weight rules by name, or your own by dotted path; weights are multiplied."}
     )
     advantage_transform_kwargs: dict | str | None = field(
-        default=None, metadata={"help": "Keyword arguments for the classes in advantage_transforms, by dotted path."}
+        default=None, metadata={"help": "Keyword arguments for the classes in advantage_transforms, by the same name."}
     )
     rollout_dropout: bool = field(
         default=False, metadata={"help": "Whether rollouts made with transformers keep dropout on, as TRL does."}
@@ -89,13 +92,28 @@ class DeltaGRPOConfig(GRPOConfig):
 
     def _check_transforms(self) -> None:
         if isinstance(self.advantage_transform_kwargs, str):
-            self.advantage_transform_kwargs = json.loads(self.advantage_transform_kwargs)
-        paths = self.advantage_transforms or []
-        unused = sorted(set(self.advantage_transform_kwargs or {}) - set(paths))
+            try:
+                self.advantage_transform_kwargs = json.loads(self.advantage_transform_kwargs)
+            except json.JSONDecodeError as error:
+                raise InputError(f"advantage_transform_kwargs is not JSON: {error}.") from error
+        names, kwargs = self.advantage_transforms or [], self.advantage_transform_kwargs or {}
+        unused = sorted(set(kwargs) - set(names))
         if unused:
             raise InputError(
                 f"advantage_transform_kwargs names {', '.join(unused)}, which advantage_transforms does not list."
             )
-        for path in paths:
-            if not callable(load_object(path, key="advantage_transforms")):
-                raise InputError(f"advantage_transforms: {path} is neither a function nor a class.")
+        for name in names:
+            rule = weight_rule(name)
+            if not callable(rule):
+                raise InputError(f"advantage_transforms: {name} is neither a function nor a class.")
+            if name in kwargs and not isinstance(rule, type):
+                raise InputError(f"advantage_transform_kwargs: {name} is a function and takes none; make it a class.")
+
+
+def weight_rule(name: str) -> Any:
+    """The weight rule of that name in `WEIGHT_RULES`, or of that dotted path: a class or a function.
+
+    Raises:
+        `InputError`: there is none.
+    """
+    return WEIGHT_RULES.get(name) or load_object(name, key="advantage_transforms")

@@ -27,7 +27,7 @@ def checked_reward(function: Callable, name: str) -> Callable:
     if isinstance(function, torch.nn.Module):
         return function
 
-    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+    if _is_async(function):
 
         async def call(**kwargs: Any) -> list[float | None]:
             try:
@@ -49,6 +49,12 @@ def checked_reward(function: Callable, name: str) -> Callable:
     return functools.update_wrapper(call, function)
 
 
+def _is_async(function: Callable) -> bool:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
+
+
 def _raised(name: str, error: Exception) -> InputError:
     return InputError(f"The reward function {name!r} raised {type(error).__name__}: {error}")
 
@@ -56,6 +62,8 @@ def _raised(name: str, error: Exception) -> InputError:
 def _checked(name: str, rewards: Any, kwargs: dict[str, Any]) -> list[float | None]:
     completions = kwargs["completions"]
     try:
+        if isinstance(rewards, (str, dict)):
+            raise TypeError
         rewards = list(rewards)
     except TypeError as error:
         raise InputError(
@@ -68,9 +76,16 @@ def _checked(name: str, rewards: Any, kwargs: dict[str, Any]) -> list[float | No
             "return one reward per completion."
         )
     for row, reward in enumerate(rewards):
-        if reward is not None and not math.isfinite(reward):
+        if reward is not None and not _is_finite(reward):
             raise InputError(
-                f"The reward function {name!r} returned {float(reward)} for the completion {completions[row]!r} of the "
+                f"The reward function {name!r} returned {reward} for the completion {completions[row]!r} of the "
                 f"prompt {kwargs['prompts'][row]!r}. Return a finite number, or None where the function does not apply."
             )
     return rewards
+
+
+def _is_finite(reward: Any) -> bool:
+    try:
+        return math.isfinite(reward)
+    except (TypeError, ValueError, RuntimeError):  # text, a list, a tensor of several numbers
+        return False

@@ -6,22 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
 
 from hf_delta import __version__
 from hf_delta._compat.trl import GRPOHooks, gather_column
-from hf_delta.checkpoint import load_state, newest_complete_checkpoint, save_state
+from hf_delta.checkpoint import (
+    ROLLOUTS_FILE,
+    STATE_FILE,
+    check_state,
+    load_state,
+    newest_complete_checkpoint,
+    save_state,
+)
 from hf_delta.errors import InputError
-from hf_delta.imports import load_object
+from hf_delta.rl.config import weight_rule
+from hf_delta.rl.prompt_ids import with_prompt_ids
 from hf_delta.rl.rewards import checked_reward
 from hf_delta.rl.weights import WEIGHT_RULES, AdvantageTransform, RolloutBatch, combine_weights
-from hf_delta.rl.weights.base import transform_name
+from hf_delta.rl.weights.base import OPTIONAL_FIELDS, transform_name
 
 
 logger = logging.getLogger(__name__)
-
-STATE_FILE = "hf_delta_state.safetensors"
-ROLLOUTS_FILE = "hf_delta_rollouts_{rank}.safetensors"
 
 DELTA_L_PAPER = {
     "title": "Delta L Normalization: Rethink Loss Aggregation in RLVR",
@@ -66,12 +70,14 @@ class DeltaGRPOTrainer(GRPOHooks):
         super().__init__(*args, **kwargs)
         self.rollout_dropout = getattr(self.args, "rollout_dropout", True)
         self.advantage_transforms: list[AdvantageTransform] = [*self._configured_transforms(), *advantage_transforms]
-        self._needs = frozenset().union(*(getattr(t, "needs", ()) for t in self.advantage_transforms))
+        self._needs = frozenset().union(*map(_needs, self.advantage_transforms))
         if self.loss_type == "delta_l":
             # Dr.GRPO's constant denominator carries the weights: w_i * loss_i is the loss at w_i * A_i, exactly.
             self.loss_type = "dr_grpo"
             self._paper = DELTA_L_PAPER
         if "prompt_ids" in self._needs:
+            if self.args.remove_unused_columns:
+                raise InputError("A weight rule needs prompt ids; remove_unused_columns: true would remove them.")
             self.train_dataset = with_prompt_ids(self.train_dataset)
         self.reward_funcs = [checked_reward(f, n) for f, n in zip(self.reward_funcs, self.reward_func_names)]
         self._saw_rollouts = False
@@ -83,7 +89,7 @@ class DeltaGRPOTrainer(GRPOHooks):
             transforms.append(rule(alpha=self.args.delta_l_alpha, scope=self.args.delta_l_scope))
         kwargs = getattr(self.args, "advantage_transform_kwargs", None) or {}
         for path in getattr(self.args, "advantage_transforms", None) or []:
-            rule = load_object(path, key="advantage_transforms")
+            rule = weight_rule(path)
             transforms.append(rule(**kwargs.get(path, {})) if isinstance(rule, type) else rule)
         return transforms
 
@@ -102,6 +108,11 @@ class DeltaGRPOTrainer(GRPOHooks):
             spread = {"min": used.min(), "mean": used.mean(), "max": used.max(), "std": used.std(unbiased=False)}
             self.log_train_metrics({f"weights/{name}": value.item() for name, value in spread.items()})
         self.log_completion_column("weight", weights.tolist())
+
+    def on_eval_rollouts(self, rollouts: dict[str, Any], rows: list[dict]) -> None:
+        if self.advantage_transforms:
+            # The table of completions holds rows of evaluations too, which have no weight.
+            self.log_completion_column("weight", [None] * len(rows) * self.accelerator.num_processes)
 
     def _gather(self, rollouts: dict[str, Any], rewards_per_func: torch.Tensor, rows: list[dict]) -> RolloutBatch:
         """Collective: one all-gather of `(B, 2)` numbers, and one more for each optional field that a rule needs."""
@@ -136,7 +147,8 @@ class DeltaGRPOTrainer(GRPOHooks):
                 f"None of the reward functions ({', '.join(self.reward_func_names)}) gave a score to any of the "
                 f"{len(rewards_per_func)} completions of this batch: every one returned None for every row."
             )
-        first, self._saw_rollouts = not self._saw_rollouts, True
+        first = not self._saw_rollouts and self.state.global_step == 0
+        self._saw_rollouts = True
         if rollouts["num_items_in_batch"].item() > 0:
             return
         message = (
@@ -149,14 +161,14 @@ class DeltaGRPOTrainer(GRPOHooks):
         logger.warning("%s This step changes nothing.", message)
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As [`~transformers.Trainer.train`]; `True` resumes from the newest checkpoint that was written to its end."""
         if resume_from_checkpoint is True:
             newest = newest_complete_checkpoint(self.args.output_dir, self.accelerator.num_processes)
             if newest is None:
                 raise InputError(f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint.")
             resume_from_checkpoint = str(newest)
-        return super().train(resume_from_checkpoint, **kwargs)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_extra_state(self, checkpoint: Path) -> None:
         if self.window_is_open and self.buffered_rollouts is not None:
@@ -165,9 +177,10 @@ class DeltaGRPOTrainer(GRPOHooks):
             state = {
                 "hf_delta": __version__,
                 "method": self._method(),
+                "settings": self._settings(),
                 "layout": self._layout(),
                 "generation": self.generation_state(),
-                "transforms": [getattr(t, "state_dict", dict)() for t in self.advantage_transforms],
+                "transforms": [_state_of(t) for t in self.advantage_transforms],
             }
             save_state(checkpoint / STATE_FILE, state)
 
@@ -181,6 +194,12 @@ class DeltaGRPOTrainer(GRPOHooks):
         for transform, saved in zip(self.advantage_transforms, state["transforms"]):
             if saved:
                 transform.load_state_dict(saved)
+        if not list(checkpoint.glob("rng_state*.pth")):
+            logger.warning(
+                "%s holds a model only (save_only_model): the run goes on from it, but not as if it had never stopped.",
+                checkpoint,
+            )
+        self.advance_sampler()
         if state["layout"] == self._layout():
             self.load_generation_state(state["generation"])
             if self.window_is_open:
@@ -198,6 +217,10 @@ class DeltaGRPOTrainer(GRPOHooks):
             "loss_type": self.args.loss_type,
             "advantage_transforms": [transform_name(t) for t in self.advantage_transforms],
         }
+
+    def _settings(self) -> dict[str, Any]:
+        """What may be changed on resume, and is said when it is."""
+        return {key: getattr(self.args, key, None) for key in ("delta_l_alpha", "delta_l_scope")}
 
     def _layout(self) -> dict[str, int]:
         """What must be equal for a half-used generation window to be taken up again."""
@@ -217,12 +240,29 @@ class DeltaGRPOTrainer(GRPOHooks):
                 f"{path} belongs to another method ({'; '.join(differing)}). Resume with the recipe that wrote it, or "
                 "start a new run in another output_dir."
             )
+        for key, value in self._settings().items():
+            if state["settings"][key] != value:
+                logger.warning(
+                    "%s was saved with %s %s; the run goes on with %s.", path, key, state["settings"][key], value
+                )
 
 
-def with_prompt_ids(dataset: Dataset) -> Dataset:
-    """Add the column `prompt_id`, the row's index as a string, to a dataset that has none."""
-    if dataset.column_names and "prompt_id" in dataset.column_names:
-        return dataset
-    if isinstance(dataset, Dataset):
-        return dataset.add_column("prompt_id", [str(i) for i in range(len(dataset))])
-    return dataset.map(lambda row, index: {**row, "prompt_id": str(index)}, with_indices=True)
+def _needs(transform: AdvantageTransform) -> frozenset[str]:
+    needs = frozenset(getattr(transform, "needs", ()))
+    if unknown := needs - OPTIONAL_FIELDS:
+        raise InputError(
+            f"The advantage transform {transform_name(transform)} needs {', '.join(sorted(unknown))}; it can ask for "
+            f"{' and '.join(sorted(OPTIONAL_FIELDS))}, and the other fields of a RolloutBatch are always there."
+        )
+    return needs
+
+
+def _state_of(transform: AdvantageTransform) -> Any:
+    state = getattr(transform, "state_dict", dict)()
+    try:
+        check_state(state)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"state_dict() of the advantage transform {transform_name(transform)} cannot be saved: {error}"
+        ) from error
+    return state

@@ -36,7 +36,7 @@ def write_card(trainer: Trainer, recipe: Recipe, results: str | None = None) -> 
 
 def how_to_load(recipe: Recipe) -> str:
     """The section of the card with code that loads the result, as an adapter or as a model."""
-    name = recipe.training.hub_model_id or str(recipe.output_dir)
+    name = recipe.training.hub_model_id or str(recipe.output_dir.resolve())
     if recipe.peft is None:
         imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
         load = f'model = AutoModelForCausalLM.from_pretrained("{name}")'
@@ -44,12 +44,13 @@ def how_to_load(recipe: Recipe) -> str:
     else:
         imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
         load = f'model = AutoPeftModelForCausalLM.from_pretrained("{name}")'
-        note = f"\nThis is an adapter. Its base model is `{_absolute(recipe.model.model_name_or_path)}`.\n"
+        note = f"\nThis is an adapter. Its base model is `{absolute(recipe.model.model_name_or_path)}`.\n"
     return (
         f"## How to load\n{note}\n```python\n{imports}\n\n{load}\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
     )
 
 
-def _absolute(model: str) -> str:
+def absolute(model: str) -> str:
+    """The absolute path of a model directory; the name of a model of the Hub as it is."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model

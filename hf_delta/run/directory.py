@@ -35,6 +35,7 @@ def check_output_dir(recipe: Recipe) -> str | None:
         method or is not complete.
     """
     run, out = recipe.run, recipe.output_dir
+    _check_writable(out)
     if run.resume_from_checkpoint and run.overwrite_output_dir:
         raise InputError("resume_from_checkpoint and overwrite_output_dir exclude each other.")
     if isinstance(run.resume_from_checkpoint, str):
@@ -57,6 +58,12 @@ def check_output_dir(recipe: Recipe) -> str | None:
             "<another directory>. Delete it: --overwrite_output_dir true."
         )
     return None
+
+
+def _check_writable(out: Path) -> None:
+    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"output_dir: {out} cannot be written: {parent} is no directory that you may write to.")
 
 
 def _leftovers(out: Path) -> list[Path]:
@@ -103,7 +110,7 @@ def _check_same_method(recipe: Recipe, run_dir: Path) -> None:
     if there is None:
         return
     here = json.loads(json.dumps(_method(recipe)))
-    for key in sorted({*there["method"], *here}):
+    for key in dict.fromkeys([*here, *there["method"]]):
         if there["method"].get(key) != here.get(key):
             raise InputError(
                 f"{run_dir / MANIFEST} belongs to another method: {key} is {there['method'].get(key)!r} there and "
@@ -119,6 +126,8 @@ def _method(recipe: Recipe) -> dict[str, Any]:
         "loss_type": getattr(recipe.training, "loss_type", None),
         "model_name_or_path": str(model.resolve()) if model.is_dir() else str(model),
     }
+    for key in ("delta_l_alpha", "delta_l_scope", "beta", "advantage_transforms", "advantage_transform_kwargs"):
+        method[key] = getattr(recipe.training, key, None)
     for key, value in (recipe.values.get("peft_config") or {"method": None}).items():
         method[f"peft_config.{key}"] = value
     return method

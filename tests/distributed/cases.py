@@ -24,7 +24,6 @@ FROZEN = {
     "learning_rate": 0.0,
     "optim": "sgd",
 }
-# A group of 4 spans both processes: each holds 2 of every 4 rows in a row.
 ROWS = PROMPTS * GENERATIONS // 2
 LEARNING = {
     "loss_type": "delta_l",
@@ -50,7 +49,8 @@ def trained(trainer):
 
 def frozen_gradient(world, folder, **changes):
     recorder = GradientRecorder()
-    trainer = build(world, folder, per_device_train_batch_size=ROWS, callbacks=[recorder], **{**FROZEN, **changes})
+    settings = {"per_device_train_batch_size": ROWS, **FROZEN, **changes}
+    trainer = build(world, folder, callbacks=[recorder], **settings)
     trainer.train()
     return {
         "sharded": trainer.accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in trainer.model.parameters()),
@@ -107,6 +107,11 @@ def under_fsdp2(case):
 
 CASES = {
     "delta_l": frozen_gradient,
+    "delta_l_batch": partial(frozen_gradient, delta_l_scope="batch"),
+    # Generation batches of one group of 4, of which each process holds 2: only there is a group split over processes.
+    "delta_l_split_groups": partial(
+        frozen_gradient, per_device_train_batch_size=2, gradient_accumulation_steps=8, steps_per_generation=1
+    ),
     "rule": what_a_rule_sees,
     "features_off": features_off,
     "resume": resume,

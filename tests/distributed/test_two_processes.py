@@ -10,21 +10,25 @@ from tests.rl.test_trainer import assert_identical, build
 
 @pytest.fixture(scope="module")
 def one_process_gradient(world, tmp_path_factory):
-    recorder = GradientRecorder()
-    build(
-        world, tmp_path_factory.mktemp("one"), per_device_train_batch_size=2 * ROWS, callbacks=[recorder], **FROZEN
-    ).train()
-    return recorder.gradients[0]
+    """Gradient of all 32 sequences in one process, by `delta_l_scope`."""
+    found = {}
+    for scope in ("group", "batch"):
+        recorder = GradientRecorder()
+        settings = {**FROZEN, "per_device_train_batch_size": 2 * ROWS, "delta_l_scope": scope}
+        build(world, tmp_path_factory.mktemp("one"), callbacks=[recorder], **settings).train()
+        found[scope] = recorder.gradients[0]
+    return found
 
 
-@pytest.mark.parametrize("case", ["delta_l", "delta_l_fsdp2"])
+@pytest.mark.parametrize("case", ["delta_l", "delta_l_batch", "delta_l_split_groups", "delta_l_fsdp2"])
 def test_gradient_of_two_processes_is_that_of_one(two_processes, one_process_gradient, case):
+    expected = one_process_gradient["batch" if case == "delta_l_batch" else "group"]
     ranks = two_processes(case)
     assert [r["sharded"] for r in ranks] == [case == "delta_l_fsdp2"] * 2
-    assert max(g.abs().max().item() for g in one_process_gradient.values()) > 1e-3
+    assert max(g.abs().max().item() for g in expected.values()) > 1e-3
     for rank in ranks:
-        assert rank["gradient"].keys() == one_process_gradient.keys()
-        for name, gradient in one_process_gradient.items():
+        assert rank["gradient"].keys() == expected.keys()
+        for name, gradient in expected.items():
             torch.testing.assert_close(rank["gradient"][name], gradient, rtol=0, atol=1e-6)
 
 

@@ -82,7 +82,7 @@ class GradientRecorder(TrainerCallback):
 def brute_force_gradient(model, tokenizer, prompts, weigh, fraction_truncated=0.0, with_environment=False):
     """Gradient of `-sum_i weight_i A_i sum_t logp_it` by one unpadded forward pass a sequence.
 
-    `weigh(lengths, groups, valid)` gives the weights with every constant inside.
+    `weigh(lengths, groups)` gives the weights with every constant inside.
     """
     rows = []
     for group, prompt in enumerate(prompts):

@@ -9,8 +9,10 @@ import sys
 
 import pytest
 import torch
+from torch.utils.data import RandomSampler
 from transformers import TrainerCallback
 
+from hf_delta import DeltaGRPOTrainer
 from hf_delta.checkpoint import is_complete, load_state, newest_complete_checkpoint, save_state
 from hf_delta.errors import InputError
 from hf_delta.rl.trainer import STATE_FILE
@@ -172,6 +174,67 @@ def test_checkpoints_cut_off_while_saving_are_passed_over(world, tmp_path):
     shutil.rmtree(tmp_path / "checkpoint-1")
     assert newest_complete_checkpoint(tmp_path) is None
     assert newest_complete_checkpoint(tmp_path / "nowhere") is None
+
+
+def test_another_layout_goes_on_in_the_order_of_its_epoch(world, tmp_path):
+    """8 prompts: an epoch has 8 steps of this layout, and 2 of one with 4 prompts a step and windows of one step."""
+    build(world, tmp_path, callbacks=[StopAt(8)], **WINDOW).train()
+    changed = {
+        **WINDOW,
+        "per_device_train_batch_size": 16,
+        "steps_per_generation": 1,
+        "num_iterations": 1,
+        "max_steps": 9,
+    }
+    resumed = build(world, tmp_path, **changed)
+    straight = build(world, tmp_path / "straight", **changed)
+    seen = {}
+    for name, trainer in (("resumed", resumed), ("straight", straight)):
+        reward = trainer.reward_funcs[0]
+        prompts = seen[name] = []
+        trainer.reward_funcs = [
+            lambda prompts, _seen=prompts, _reward=reward, **kw: (
+                _seen.append(set(prompts)),
+                _reward(prompts=prompts, **kw),
+            )[1]
+        ]
+    straight.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    # Step 9 is the first of the fifth epoch of this layout in either run.
+    assert seen["resumed"][0] == seen["straight"][8]
+
+
+def test_a_model_only_checkpoint_says_what_it_lacks(world, tmp_path, caplog):
+    build(world, tmp_path, callbacks=[StopAt(4)], **WINDOW, save_only_model=True).train()
+    build(world, tmp_path, **{**WINDOW, "max_steps": 5}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert "not as if it had never stopped" in caplog.text
+
+
+def test_a_changed_exponent_is_said(world, tmp_path, caplog):
+    build(world, tmp_path, callbacks=[StopAt(4)], **WINDOW).train()
+    build(world, tmp_path, **{**WINDOW, "max_steps": 5, "delta_l_alpha": 0.5}).train(resume_from_checkpoint=True)
+    assert "delta_l_alpha 1.0; the run goes on with 0.5" in caplog.text
+
+
+def test_a_sampler_of_ones_own_may_be_resumed(world, tmp_path):
+    class Curriculum(DeltaGRPOTrainer):
+        def _get_train_sampler(self, dataset=None):
+            return RandomSampler(self.train_dataset, replacement=True, num_samples=32, generator=torch.Generator())
+
+    build(world, tmp_path, Curriculum, callbacks=[StopAt(1)], **WINDOW).train()
+    again = build(world, tmp_path, Curriculum, **{**WINDOW, "max_steps": 2})
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+
+
+def test_a_checkpoint_of_fewer_processes_is_complete_for_more(tmp_path):
+    """What counts is how many processes wrote it."""
+    (tmp_path / "trainer_state.json").write_text("{}")
+    save_state(tmp_path / STATE_FILE, {"layout": {"num_processes": 2}})
+    torch.save(0, tmp_path / "rng_state_0.pth")
+    assert not is_complete(tmp_path, world_size=4)
+    torch.save(0, tmp_path / "rng_state_1.pth")
+    assert is_complete(tmp_path, world_size=4)
 
 
 def test_a_checkpoint_of_two_processes_needs_the_random_states_of_both(tmp_path):

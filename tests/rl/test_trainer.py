@@ -1,16 +1,19 @@
 """The trainer against TRL's own and against a brute-force evaluation of the objective."""
 
+import asyncio
 import json
 from functools import partial
 
 import pytest
 import torch
 import trl
+from datasets import IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer
 from hf_delta.errors import InputError
-from hf_delta.rl.trainer import with_prompt_ids
+from hf_delta.rl.prompt_ids import with_prompt_ids
+from hf_delta.rl.rewards import checked_reward
 from tests.rl.frozen import (
     GENERATIONS,
     MAX_COMPLETION,
@@ -281,11 +284,66 @@ def test_a_rule_by_dotted_path_sees_the_batch_and_its_state_survives(world, tmp_
     assert {"weights/min", "weights/mean", "weights/max", "weights/std"} <= resumed.state.log_history[-3].keys()
 
 
+def test_a_rule_by_name_is_the_rule_by_its_key(world, tmp_path):
+    frozen = {"rollout_func": frozen_rollouts, "optim": "sgd"}
+    key = build(world, tmp_path / "a", loss_type="delta_l", delta_l_alpha=0.5, **frozen)
+    key.train()
+    name = build(
+        world,
+        tmp_path / "b",
+        loss_type="dr_grpo",
+        advantage_transforms=["delta_l"],
+        advantage_transform_kwargs='{"delta_l": {"alpha": 0.5}}',
+        **frozen,
+    )
+    name.train()
+    assert_identical(parameters(key), parameters(name))
+
+
+def test_ids_of_a_stream_name_the_prompt_and_not_its_place():
+    rows = dataset(8)
+    expected = {row["prompt"]: row["prompt_id"] for row in with_prompt_ids(rows.to_iterable_dataset())}
+    assert len(set(expected.values())) == 8
+    shuffled = with_prompt_ids(rows.to_iterable_dataset(num_shards=4).shuffle(seed=1, buffer_size=3))
+    assert {row["prompt"]: row["prompt_id"] for row in shuffled} == expected
+    own = IterableDataset.from_generator(lambda: iter([{"prompt": "1+1:", "prompt_id": "mine"}]))
+    assert [row["prompt_id"] for row in with_prompt_ids(own)] == ["mine"]
+
+
+def test_prompt_ids_are_strings_and_must_not_be_removed(world, tmp_path):
+    with_numbers = dataset(PROMPTS).add_column("prompt_id", list(range(PROMPTS)))
+    trainer = build(world, tmp_path, advantage_transforms=[RULE], rollout_func=frozen_rollouts)
+    trainer.train_dataset = with_numbers
+    trainer.train()
+    assert set(trainer.advantage_transforms[0].batches[0].prompt_ids) == {str(i) for i in range(PROMPTS)}
+    with pytest.raises(InputError, match="remove_unused_columns: true would remove them"):
+        build(world, tmp_path, advantage_transforms=[RULE], remove_unused_columns=True)
+
+
+def test_the_table_of_completions_holds_no_weights_for_evaluation_rows(world, tmp_path):
+    trainer = build(world, tmp_path, loss_type="delta_l", rollout_func=frozen_rollouts)
+    trainer.train()
+    columns = trainer._logs["extra"]
+    assert len(columns["weight"]) == PROMPTS * GENERATIONS and None not in columns["weight"]
+    trainer.evaluate(dataset(2))
+    assert list(columns["weight"])[-2 * GENERATIONS :] == [None] * (2 * GENERATIONS)
+    assert len(columns["weight"]) == len(trainer._logs["advantages"])
+
+
+def test_every_completion_truncated_far_into_a_run_costs_a_step_only(world, tmp_path, caplog):
+    rollouts = partial(frozen_rollouts, fraction_truncated=1.1)
+    trainer = build(world, tmp_path, rollout_func=rollouts, mask_truncated_completions=True, loss_type="delta_l")
+    trainer._check_rollouts({"num_items_in_batch": torch.tensor(5)}, torch.zeros(32, 1))
+    start = parameters(trainer)
+    trainer.train()
+    assert "This step changes nothing" in caplog.text
+    assert_identical(start, parameters(trainer))
+
+
 def test_prompt_ids_are_kept_when_the_dataset_has_them():
     rows = dataset(3).add_column("prompt_id", ["x", "y", "z"])
     assert with_prompt_ids(rows)["prompt_id"] == ["x", "y", "z"]
     assert list(with_prompt_ids(dataset(3))["prompt_id"]) == ["0", "1", "2"]
-    assert [r["prompt_id"] for r in with_prompt_ids(dataset(3).to_iterable_dataset())] == ["0", "1", "2"]
 
 
 # -- bad input ------------------------------------------------------------------------------------------------------
@@ -305,6 +363,10 @@ def no_list(completions, **kwargs):
     return None
 
 
+def text(completions, **kwargs):
+    return ["1.0"] * len(completions)
+
+
 def none_for_all(completions, **kwargs):
     return [None] * len(completions)
 
@@ -321,12 +383,51 @@ async def async_raises(completions, **kwargs):
         (nan, "'nan' returned nan for the completion"),
         (too_few, "returned 1 rewards for 32 completions"),
         (no_list, "returned NoneType; it must return a list"),
+        (text, "'text' returned 1.0 for the completion"),
         (none_for_all, "None of the reward functions"),
     ],
 )
 def test_a_bad_reward_function_is_one_clear_error(world, tmp_path, reward, message):
     with pytest.raises(InputError, match=message):
         build(world, tmp_path, reward=reward, rollout_func=frozen_rollouts).train()
+
+
+class AsyncReward:
+    async def __call__(self, completions, **kwargs):
+        return frozen_reward(completions)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, partial, lambda f: partial(partial(f))])
+def test_async_rewards_are_awaited_however_they_are_wrapped(wrap):
+    checked = checked_reward(wrap(AsyncReward()), "reward")
+    assert asyncio.run(checked(prompts=["a"], completions=["b"])) == frozen_reward(["b"])
+
+
+class UnsavableRule(CountingRule):
+    def state_dict(self):
+        return {"score": float("-inf")}
+
+
+class WrongNeeds(CountingRule):
+    needs = frozenset({"prompt_id"})
+
+
+def test_a_state_that_cannot_be_saved_names_its_rule(world, tmp_path):
+    trainer = build(
+        world,
+        tmp_path,
+        advantage_transforms=["tests.rl.test_trainer.UnsavableRule"],
+        rollout_func=frozen_rollouts,
+        save_strategy="steps",
+        save_steps=1,
+    )
+    with pytest.raises(InputError, match="UnsavableRule cannot be saved"):
+        trainer.train()
+
+
+def test_a_rule_that_asks_for_what_there_is_not_is_refused(world, tmp_path):
+    with pytest.raises(InputError, match="WrongNeeds needs prompt_id; it can ask for logps and prompt_ids"):
+        build(world, tmp_path, advantage_transforms=["tests.rl.test_trainer.WrongNeeds"])
 
 
 def test_none_for_some_rows_is_trls_none(world, tmp_path):
@@ -358,6 +459,14 @@ def test_every_completion_truncated(world, tmp_path):
         ({"advantage_transforms": ["tests.rl.test_trainer.Missing"]}, "no name 'Missing'"),
         ({"advantage_transforms": ["Rule"]}, "not a dotted path"),
         ({"advantage_transform_kwargs": {"a.b": {}}}, "does not list"),
+        ({"advantage_transform_kwargs": "{"}, "not JSON"),
+        (
+            {
+                "advantage_transforms": ["tests.rl.test_delta_l.negative"],
+                "advantage_transform_kwargs": {"tests.rl.test_delta_l.negative": {"x": 1}},
+            },
+            "is a function and takes none",
+        ),
         ({"num_generations": 5}, "divisible by num_generations"),
     ],
 )

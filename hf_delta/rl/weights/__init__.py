@@ -4,7 +4,7 @@ from hf_delta.rl.weights.base import AdvantageTransform, RolloutBatch, combine_w
 from hf_delta.rl.weights.delta_l import DeltaLWeights, delta_l_weights
 
 
-# One line per weight rule: the key is what a recipe writes.
+# One line per weight rule: the key is what a recipe writes under `advantage_transforms:`.
 WEIGHT_RULES: dict[str, type] = {
     "delta_l": DeltaLWeights,
 }

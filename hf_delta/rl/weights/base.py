@@ -9,6 +9,10 @@ import torch
 from hf_delta.errors import InputError
 
 
+# Fields of a batch that cost a collective each, and are there if a rule's `needs` names them.
+OPTIONAL_FIELDS = frozenset({"prompt_ids", "logps"})
+
+
 @dataclass(frozen=True)
 class RolloutBatch:
     """One generation batch, gathered over all processes: `N` sequences in sampler order, identical on every rank, on CPU.
@@ -81,11 +85,17 @@ def combine_weights(transforms: Sequence[AdvantageTransform], batch: RolloutBatc
         `torch.Tensor` of shape `(N,)`, float32.
 
     Raises:
-        `InputError`: a rule returned another shape, a negative or a non-finite weight.
+        `InputError`: a rule raised, or returned another shape, a negative or a non-finite weight.
     """
     weights = torch.ones(len(batch), dtype=torch.float64)
     for transform in transforms:
-        weights = weights * _checked(transform, transform(batch), len(batch))
+        try:
+            found = transform(batch)
+        except Exception as error:
+            raise InputError(
+                f"The advantage transform {transform_name(transform)} raised {type(error).__name__}: {error}"
+            ) from error
+        weights = weights * _checked(transform, found, len(batch))
     return weights.float()
 
 
