@@ -80,12 +80,16 @@ def test_cpu_starts_two_processes_that_train_one_model(tmp_path, playground):
     recipe = write(tmp_path, keys("sft", playground, tmp_path / "out"))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu.yaml")]
     command = [*launch, "--main_process_port", "0", str(script), str(recipe), "--learning_rate", "1e-3"]
-    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    found = subprocess.run(
+        command, timeout=600, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert found.returncode == 0, found.stderr[-3000:]
     lines = sorted(line.split()[1:] for line in found.stdout.splitlines() if line.startswith("WORLD"))
     assert [line[:3] for line in lines] == [["2", "gloo", "0"], ["2", "gloo", "1"]]
     assert lines[0][3] == lines[1][3]
     assert found.stderr.count("README.md says how to load it") == 1
     # The same command again: both processes stop with one message.
-    again = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    again = subprocess.run(
+        command, timeout=600, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert again.returncode != 0 and again.stderr.count("holds another run") == 1

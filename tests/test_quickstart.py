@@ -26,8 +26,8 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def run(command, **kwargs):
-    found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment(), **kwargs)
+def run(command):
+    found = subprocess.run(command, timeout=1200, capture_output=True, text=True, cwd=ROOT, env=environment())
     assert found.returncode == 0, f"{command}\n{found.stdout[-3000:]}\n{found.stderr[-5000:]}"
     return found
 
