@@ -75,6 +75,7 @@ def test_places_are_file_and_line(tmp_path):
         ("a:\n  b: 1\n  b: 2\n", "recipe.yaml:3: b is given twice, first at recipe.yaml:2"),
         ("a: !!python/object:os.system x\n", "recipe.yaml:1: not valid YAML"),
         ("1.5: a\n", "recipe.yaml:1: the key 1.5 is not text"),
+        ("a: &x {b: 1}\nc:\n  <<: *x\n", "recipe.yaml:3: merge keys (<<) are not supported"),
     ],
 )
 def test_files_that_are_no_recipe(tmp_path, text, said):
@@ -231,6 +232,8 @@ def test_help_of_keys_by_recipe_and_by_trainer():
     ("change", "said"),
     [
         (("trainer: sft\n", ""), "recipe.yaml: trainer is missing"),
+        (("trainer: sft", "trainer: [grpo]"), "recipe.yaml:1: there is no trainer ['grpo']"),
+        (("trainer: sft", "trainer: {grpo: 1}"), "recipe.yaml:1: there is no trainer {'grpo': 1}"),
         (("trainer: sft", "trainer: stf"), "recipe.yaml:1: there is no trainer 'stf'; did you mean 'sft'?"),
         (("output_dir: out\n", ""), "output_dir is missing"),
         (("model_name_or_path: model\n", ""), "model_name_or_path is missing"),
@@ -259,6 +262,71 @@ def test_a_check_of_our_own_config_has_the_file_too(tmp_path):
     grpo = SFT.replace("sft", "grpo") + "reward_funcs: [playground_reward]\nnum_generations: 2\n"
     assert refusal(tmp_path, grpo + "loss_type: delta\n").startswith("recipe.yaml: loss_type: 'delta' is not one of")
     assert "divisible by num_generations (3)" in refusal(tmp_path, grpo, "--num_generations", "3")
+
+
+# -- ranges ---------------------------------------------------------------------------------------------------------
+GRPO = SFT.replace("sft", "grpo") + "reward_funcs: [playground_reward]\nnum_generations: 2\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("per_device_train_batch_size: 0", "must be at least 1, got 0."),
+        ("per_device_eval_batch_size: 0", "must be at least 1, got 0."),
+        ("gradient_accumulation_steps: 0", "must be at least 1, got 0."),
+        ("num_iterations: 0", "must be at least 1, got 0."),
+        ("max_completion_length: 0", "must be at least 1, got 0."),
+        ("steps_per_generation: -1", "must be at least 1, got -1."),
+        ("temperature: 0", "must be above 0, got 0."),
+        ("temperature: .nan", "must be finite, got nan."),
+        ("learning_rate: -1e-5", "must be at least 0, got -1e-05."),
+        ("learning_rate: .inf", "must be finite, got inf."),
+        ("seed: -1", "must be at least 0, got -1."),
+        ("epsilon: -0.2", "must be at least 0, got -0.2."),
+        ("top_p: 0.0", "must be above 0 and at most 1, got 0.0."),
+        ("top_p: 1.5", "must be above 0 and at most 1, got 1.5."),
+        ("scale_rewards: groups", "is 'groups', which it does not take; did you mean 'group'?"),
+        ("importance_sampling_level: word", "is 'word', which it does not take; there are sequence, token."),
+    ],
+)
+def test_values_out_of_range_are_refused_with_their_place(tmp_path, line, said):
+    key = line.partition(":")[0]
+    assert refusal(tmp_path, f"{GRPO}{line}\n") == f"recipe.yaml:8: {key} {said}"
+    assert refusal(tmp_path, GRPO, *f"--{line}".replace(":", "").split()) == f"--{key}: {key} {said}"
+
+
+def test_one_generation_is_too_few(tmp_path):
+    message = refusal(tmp_path, GRPO.replace("num_generations: 2", "num_generations: 1"))
+    assert message == "recipe.yaml:7: num_generations must be at least 2, got 1."
+
+
+def test_the_ends_of_the_ranges_are_taken(tmp_path):
+    lines = "learning_rate: 0\nseed: 0\nepsilon: 0.0\ntop_p: 1\nper_device_train_batch_size: 2\nnum_iterations: 1\n"
+    training = load(tmp_path, GRPO + lines).training
+    assert (training.learning_rate, training.seed, training.epsilon, training.top_p) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize(("value", "taken"), [("true", "group"), ("false", "none"), ("batch", "batch")])
+def test_rewards_are_scaled_by_a_word_or_a_boolean(tmp_path, value, taken):
+    assert load(tmp_path, f"{GRPO}scale_rewards: {value}\n").training.scale_rewards == taken
+    assert load(tmp_path, GRPO, "--scale_rewards", value).training.scale_rewards == taken
+
+
+def test_integrations_must_exist_and_be_installed(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["trackio"])
+    assert load(tmp_path, SFT + "report_to: [trackio]\n").training.report_to == ["trackio"]
+    assert load(tmp_path, SFT, "--report_to", "none").training.report_to == []
+    assert load(tmp_path, SFT + "report_to: all\n").source
+    message = refusal(tmp_path, SFT + "report_to: [trackio, wandb]\n")
+    assert message.startswith("recipe.yaml:6: report_to: wandb is not installed: pip install wandb")
+    assert message.endswith("Installed: trackio.")
+    assert refusal(tmp_path, SFT, "--report_to", "wanbd").endswith("no integration 'wanbd'; did you mean 'wandb'?")
+
+
+def test_every_reward_function_has_its_weight(tmp_path):
+    message = refusal(tmp_path, GRPO + "reward_weights: [1.0, 0.5]\n")
+    assert message == "recipe.yaml: reward_weights has 2 numbers for 1 reward_funcs."
+    assert load(tmp_path, GRPO + "reward_weights: [0.5]\n").training.reward_weights == [0.5]
 
 
 # -- trainers and adapters ------------------------------------------------------------------------------------------
@@ -309,8 +377,12 @@ def test_initialisations_that_peft_takes_but_does_not_list(tmp_path, value):
     [
         ("{r: 8}", "recipe.yaml:6: peft_config is a block with `method:`"),
         ("lora", "peft_config must be a block of keys or null, got the text 'lora'"),
-        ("\n  method: lorra", "recipe.yaml:7: peft_config has no method 'lorra'; did you mean 'lora'?"),
-        ("\n  method: lora\n  rank: 8", "recipe.yaml:8: peft_config has no key 'rank' for method lora"),
+        ("\n  method: lorra", "recipe.yaml:7: peft_config has no method 'lorra'; did you mean 'lora'"),
+        ("\n  method: lroa", "'lora'"),
+        ("\n  method: lora\n  rank: 8", "recipe.yaml:8: peft_config has no key 'rank' for method lora; write r."),
+        ("\n  method: lora\n  alpha: 8", "no key 'alpha' for method lora; write lora_alpha."),
+        ("\n  method: lora\n  dropout: 0.1", "no key 'dropout' for method lora; write lora_dropout."),
+        ("\n  method: loha\n  dropout: 0.1", "did you mean 'rank_dropout'?"),
         ("\n  method: lora\n  r: eight", "recipe.yaml:8: r must be a whole number, got the text 'eight'"),
         ("\n  method: lora\n  peft_type: MISS", "recipe.yaml:8: peft_config has no key 'peft_type'"),
         ("\n  method: lora\n  bias: some", "recipe.yaml:8: bias must be one of none, all, lora_only"),
@@ -356,3 +428,16 @@ def test_a_playground_gives_model_and_files(tmp_path, trainer, file):
     assert (recipe.data.train_file, recipe.data.eval_file) == (f"there/{file}", "there/eval.jsonl")
     mine = load(tmp_path, text, "--train_file", "mine.jsonl", "--model_name_or_path", "gpt2")
     assert (mine.model.model_name_or_path, mine.data.train_file) == ("gpt2", "mine.jsonl")
+
+
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "trainer: sft\nplayground: ~/pg\noutput_dir: out\nuse_cpu: true\n"
+    recipe = load(tmp_path, text)
+    assert recipe.run.playground == str(tmp_path / "pg")
+    assert recipe.model.model_name_or_path == str(tmp_path / "pg" / "model")
+    assert recipe.data.train_file == str(tmp_path / "pg" / "sft.jsonl")
+    flags = ["--model_name_or_path", "~/mine", "--resume_from_checkpoint", "~/out/checkpoint-2"]
+    mine = load(tmp_path, text, *flags)
+    assert mine.model.model_name_or_path == str(tmp_path / "mine")
+    assert mine.run.resume_from_checkpoint == str(tmp_path / "out" / "checkpoint-2")

@@ -39,7 +39,7 @@ def build_playground(
     give the same bytes on one machine. Random states of the caller are left as they were.
 
     Args:
-        out (`str` or `Path`): the directory to build.
+        out (`str` or `Path`): the directory to build; `~` is the home directory.
         seed (`int`, *optional*, defaults to `0`): decides the base model and which problems the files hold.
         task (`str`, *optional*, defaults to `"addition"`): a name in `TASKS`, or the dotted path of a `Task`.
         pretrain_steps (`int`, *optional*): optimizer steps of pre-training, 750 by default; fewer for a quick check.
@@ -58,9 +58,10 @@ def build_playground(
     if not 0 <= seed < 2**32:
         raise InputError(f"The seed of a playground must lie in [0, 2**32), got {seed}.")
     wanted = {"format_version": FORMAT_VERSION, "task": task, "seed": seed, "pretrain_steps": steps}
-    target = Path(out).resolve()
+    out = Path(out).expanduser()
+    target = out.resolve()
     if _is_complete(target, wanted):
-        return Path(out)
+        return out
     family = load_task(task)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +74,7 @@ def build_playground(
                 lock.unlink()
     except OSError as error:
         raise InputError(f"The playground cannot be written to {out}: {error}.") from error
-    return Path(out)
+    return out
 
 
 def _is_complete(out: Path, wanted: dict[str, Any]) -> bool:

@@ -21,11 +21,15 @@ from hf_delta.recipe.source import Node
 T = TypeVar("T")
 
 
+# Fields that take more than upstream declares: TRL documents true and false for this one.
+_WIDER = {"scale_rewards": bool | str}
+
+
 @functools.lru_cache
 def type_hints(cls: type) -> dict[str, Any]:
     """Types of the fields of a dataclass that can be given to its constructor."""
     hints = typing.get_type_hints(cls)
-    return {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+    return {field.name: _WIDER.get(field.name, hints[field.name]) for field in dataclasses.fields(cls) if field.init}
 
 
 def build(cls: type[T], nodes: Mapping[str, Node], source: str, preset: Mapping[str, Any] | None = None) -> T:

@@ -10,6 +10,7 @@ from hf_delta.errors import InputError
 from hf_delta.recipe.arguments import DataArguments, RunArguments
 from hf_delta.recipe.fields import build, suggest, type_hints
 from hf_delta.recipe.find import find_recipe
+from hf_delta.recipe.limits import check_limits, check_report_to
 from hf_delta.recipe.peft import build_peft_config
 from hf_delta.recipe.source import Node, apply_overrides, read_recipe
 
@@ -25,6 +26,9 @@ TRAINERS = {
     "dpo": ("trl.DPOConfig", "trl.DPOTrainer"),
     "grpo": ("hf_delta.rl.config.DeltaGRPOConfig", "hf_delta.rl.trainer.DeltaGRPOTrainer"),
 }
+
+# Paths that neither transformers nor we expand when they are used.
+_PATHS = ("playground", "model_name_or_path", "resume_from_checkpoint")
 
 PLAYGROUND_TRAIN_FILES = {"sft": "sft.jsonl", "dpo": "preference.jsonl", "grpo": "train.jsonl"}
 
@@ -75,7 +79,7 @@ class Recipe:
 
 
 def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply `--key value` flags, and check every key and type.
+    """Read a recipe, apply `--key value` flags, and check every key, type and range.
 
     Args:
         path_or_name (`str`): A file, or the name of a shipped recipe such as `quickstart` or `rl/delta_l_tiny`.
@@ -88,9 +92,12 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     source = str(path)
     nodes = apply_overrides(read_recipe(path), overrides)
     trainer = trainer_name(nodes.pop("trainer", None), source)
+    _expand_home(nodes)
     _fill_from_playground(nodes, trainer)
     parts = _sort_keys(nodes, key_owners(trainer), trainer)
     model_class, _, _, training_class = parts
+    check_limits(parts[training_class])
+    check_report_to(nodes.get("report_to"))
     run = build(RunArguments, parts[RunArguments], source)
     recipe = Recipe(
         source=source,
@@ -115,9 +122,16 @@ def trainer_name(node: Node | None, source: str) -> str:
     """The value of `trainer:`, checked."""
     if node is None:
         raise InputError(f"{source}: trainer is missing; write `trainer: {' | '.join(TRAINERS)}`.")
-    if node.value not in TRAINERS:
-        raise InputError(f"{node.where}: there is no trainer {node.plain()!r}{suggest(node.value, TRAINERS)}")
+    if not isinstance(node.value, str) or node.value not in TRAINERS:
+        raise InputError(f"{node.where}: there is no trainer {node.plain()!r}{suggest(node.plain(), TRAINERS)}")
     return node.value
+
+
+def _expand_home(nodes: dict[str, Node]) -> None:
+    for key in _PATHS:
+        node = nodes.get(key)
+        if node is not None and isinstance(node.value, str) and node.value.startswith("~"):
+            nodes[key] = Node(str(Path(node.value).expanduser()), node.where)
 
 
 def _fill_from_playground(nodes: dict[str, Node], trainer: str) -> None:
@@ -182,6 +196,11 @@ def _check(recipe: Recipe) -> None:
     if (recipe.trainer == "grpo") != bool(run.reward_funcs):
         wrong = "needs" if recipe.trainer == "grpo" else "has no use for"
         raise InputError(f"{where}: trainer {recipe.trainer} {wrong} reward_funcs.")
+    weights = getattr(recipe.training, "reward_weights", None)
+    if weights is not None and len(weights) != len(run.reward_funcs or []):
+        raise InputError(
+            f"{where}: reward_weights has {len(weights)} numbers for {len(run.reward_funcs)} reward_funcs."
+        )
     if recipe.peft is None and (recipe.model.load_in_4bit or recipe.model.load_in_8bit):
         raise InputError(f"{where}: a quantised model cannot be trained fully. {_PEFT_HINT}")
     if run.evaluate_pass_at is not None and recipe.data.eval_file is None:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 # Names that stand for another method with some fields set. Every name of PEFT itself is known without an entry.
 PRESETS = {"dora": ("lora", {"use_dora": True})}
 
+# What other tools and papers call fields of PEFT.
+_ALIASES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout"}
+
 
 def build_peft_config(node: Node, source: str) -> "PeftConfig":
     """The configuration that a `peft_config:` block describes.
@@ -29,9 +32,8 @@ def build_peft_config(node: Node, source: str) -> "PeftConfig":
     known = set(type_hints(config_class)) - {"peft_type"}
     for key, value in settings.items():
         if key not in known:
-            raise InputError(
-                f"{value.where}: peft_config has no key {key!r} for method {method.value}{suggest(key, known)}"
-            )
+            hint = f"; write {_ALIASES[key]}." if _ALIASES.get(key) in known else suggest(key, known)
+            raise InputError(f"{value.where}: peft_config has no key {key!r} for method {method.value}{hint}")
         if key in preset and value.value != preset[key]:
             raise InputError(f"{value.where}: method: {method.value} means {key}: {preset[key]}; leave it out.")
     if "task_type" in known:
@@ -43,7 +45,7 @@ def _resolve(method: Node) -> tuple[str, dict[str, object]]:
     known = sorted({*_config_classes(), *PRESETS})
     name = str(method.value).lower().replace("-", "_")
     if name not in known:
-        raise InputError(f"{method.where}: peft_config has no method {method.value!r}{suggest(name, known)}")
+        raise InputError(f"{method.where}: peft_config has no method {method.value!r}{suggest(name, known, most=3)}")
     return PRESETS.get(name, (name, {}))
 
 

@@ -61,7 +61,7 @@ def read_recipe(path: Path) -> dict[str, Node]:
     """Read a recipe file.
 
     Raises:
-        `InputError`: the file is not UTF-8 YAML, is not a mapping, or names a key twice.
+        `InputError`: the file is not UTF-8 YAML, is not a mapping, names a key twice, or has a merge key.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -99,6 +99,8 @@ def _convert(loader: _Loader, node: yaml.Node, source: str, line: int | None) ->
         for key_node, value_node in node.value:
             key_line = None if line is None else key_node.start_mark.line
             key_where = source if key_line is None else f"{source}:{key_line + 1}"
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                raise InputError(f"{key_where}: merge keys (<<) are not supported; write the keys out.")
             key = loader.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int)):
                 raise InputError(f"{key_where}: the key {key!r} is not text.")

@@ -74,6 +74,14 @@ def test_held_out_problems_are_in_the_evaluation_file_only(playground):
     assert not any(crc32(prompt.removesuffix(":").encode()) % 5 for prompt in evaluation)
 
 
+def test_a_tilde_is_the_home_directory(playground, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(playground.parent))
+    monkeypatch.chdir(tmp_path)
+    steps = json.loads((playground / "playground.json").read_text())["pretrain_steps"]
+    assert build_playground(f"~/{playground.name}", pretrain_steps=steps) == playground
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def two_threads():
     threads = torch.get_num_threads()
