@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
@@ -23,6 +25,7 @@ CACHE = "_datasets"
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 _REPLY_COLUMNS = ("completion", "chosen", "rejected")
+_TEXT_COLUMNS = ("prompt", *_REPLY_COLUMNS)
 
 # What rows are used for -> the sets of columns that will do; the first set that is there is the one that is checked.
 COLUMN_SETS = {
@@ -51,8 +54,8 @@ def load_train_rows(args: DataArguments, trainer: str, cache_dir: Path, rewards:
         rewards (`Sequence[Callable]`): Reward functions, whose columns must not be empty either.
 
     Raises:
-        `InputError`: no such file or dataset, no rows, a malformed line, a missing column, or an empty value, with file
-        and row.
+        `InputError`: no such file or dataset, no rows, a malformed line, a missing column, or a value that is empty
+        or no prompt or reply, with file and row.
     """
     if args.train_file is not None:
         sources = _load_files(args.train_file, "train_file", cache_dir)
@@ -116,6 +119,9 @@ def _load_file(path: Path, builder: str, cache_dir: Path) -> Dataset:
     try:
         return load_dataset(builder, data_files=str(path), split="train", cache_dir=str(cache_dir))
     except (DatasetGenerationError, ValueError) as error:
+        if "corresponds to no data" in str(error):
+            # So says datasets of a file with a header or brackets and nothing else.
+            raise InputError(f"{path} has no rows.") from error
         where, reason = _malformed(path) if builder == "json" else ("", str(error.__cause__ or error))
         raise InputError(f"{path}{where}: {reason or error.__cause__ or error}") from error
 
@@ -145,17 +151,21 @@ def _load_from_hub(args: DataArguments, split: str) -> Source:
 
 
 def _rename(source: Source, columns: dict[str, str]) -> Dataset:
-    rows = source.rows
+    there = source.rows.column_names
+    names: dict[str, str] = {}
     for ours, theirs in columns.items():
-        if theirs not in source.rows.column_names:
+        if theirs not in there:
+            raise InputError(f"dataset_columns: {source.name} has no column {theirs!r}{suggest(theirs, there)}")
+        if theirs in names:
             raise InputError(
-                f"dataset_columns: {source.name} has no column {theirs!r}{suggest(theirs, source.rows.column_names)}"
+                f"dataset_columns: {names[theirs]} and {ours} are both {theirs!r}; a column has one name."
             )
-        if ours in rows.column_names and ours != theirs:
-            logger.info("%s: its own column %s gives way to %s.", source.name, ours, theirs)
-            rows = rows.remove_columns(ours)
-        rows = rows.rename_column(theirs, ours)
-    return rows
+        names[theirs] = ours
+    # All at once, so that two columns can change places.
+    replaced = [ours for ours in columns if ours in there and ours not in names]
+    for ours in replaced:
+        logger.info("%s: its own column %s gives way to %s.", source.name, ours, columns[ours])
+    return source.rows.remove_columns(replaced).rename_columns(names)
 
 
 def _columns_of(source: Source, use: str) -> tuple[str, ...]:
@@ -172,7 +182,7 @@ def _columns_of(source: Source, use: str) -> tuple[str, ...]:
 
 
 def check_rows(source: Source, columns: Iterable[str]) -> None:
-    """Refuse a dataset without rows and the first row where one of the columns is missing or empty.
+    """Refuse a dataset without rows and the first row where one of the columns is missing, empty or no prompt or reply.
 
     Raises:
         `InputError`: with the source and the number of the row, counted from 1.
@@ -182,9 +192,48 @@ def check_rows(source: Source, columns: Iterable[str]) -> None:
     for column in dict.fromkeys(columns):
         if column not in source.rows.column_names:
             raise InputError(f"{source.name} has no column {column!r}{suggest(column, source.rows.column_names)}")
-        for number, value in enumerate(_values(source, column), start=1):
-            if _is_empty(value):
-                raise InputError(f"{source.name}: row {number} has no {column!r}. Fill it in, or remove the row.")
+        values = source.rows.select_columns(column).with_format("arrow")[:][column]
+        if not _is_plain_text(values):
+            _check_each(source, column)
+        elif (index := pc.index(pc.equal(pc.coalesce(values, ""), ""), True).as_py()) >= 0:
+            raise _no_value(source, index + 1, column)
+
+
+def _is_plain_text(values: pa.ChunkedArray) -> bool:
+    """Whether a column can be checked as a whole, without a Python object for each of what may be millions of rows."""
+    if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
+        return False
+    try:
+        values.validate(full=True)
+    except pa.ArrowInvalid:  # not UTF-8
+        return False
+    return True
+
+
+def _check_each(source: Source, column: str) -> None:
+    for number, value in enumerate(_values(source, column), start=1):
+        if _is_empty(value):
+            raise _no_value(source, number, column)
+        if column in _TEXT_COLUMNS and not (isinstance(value, str) or _is_conversation(value)):
+            raise InputError(
+                f"{source.name}: row {number}: {column!r} is {value!r:.80}, which is neither text nor a list of messages "
+                "{role: …, content: …}."
+            )
+
+
+def _no_value(source: Source, number: int, column: str) -> InputError:
+    return InputError(f"{source.name}: row {number} has no {column!r}. Fill it in, or remove the row.")
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(message, dict) and _is_message(message) for message in value)
+
+
+def _is_message(message: dict[str, Any]) -> bool:
+    # What calls tools need not say anything, and what is seen beside images is a list of parts.
+    content, calls = message.get("content"), message.get("tool_calls")
+    said = isinstance(content, (str, list)) or (content is None and bool(calls))
+    return bool(message.get("role")) and said
 
 
 def _values(source: Source, column: str) -> Iterator[Any]:

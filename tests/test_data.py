@@ -6,7 +6,7 @@ import datasets
 import pytest
 from datasets import Dataset
 
-from hf_delta.data import CACHE, as_conversation, load_eval_rows, load_train_rows
+from hf_delta.data import CACHE, Source, as_conversation, check_rows, load_eval_rows, load_train_rows
 from hf_delta.errors import InputError
 from hf_delta.recipe.arguments import DataArguments
 
@@ -72,6 +72,79 @@ def test_columns_are_renamed_and_the_one_of_that_name_gives_way(tmp_path):
     mapping = {"prompt": "question", "answer": "target"}
     found = load(tmp_path, train_file=write(tmp_path / "rows.jsonl", rows), dataset_columns=mapping)
     assert found[0] == {"prompt": "yes", "answer": "1"}
+
+
+def test_columns_can_change_places(tmp_path):
+    file = write(tmp_path / "rows.jsonl", ROWS[:1])
+    found = load(tmp_path, train_file=file, dataset_columns={"prompt": "answer", "answer": "prompt"})
+    assert found[0] == {"prompt": "1", "answer": "0+1:", "level": "one"}
+    assert load(tmp_path, train_file=file, dataset_columns={"prompt": "prompt"})[0] == ROWS[0]
+
+
+def test_a_column_cannot_have_two_names(tmp_path):
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(InputError, match="dataset_columns: prompt and foo are both 'answer'"):
+        load(tmp_path, train_file=file, dataset_columns={"prompt": "answer", "foo": "answer"})
+
+
+@pytest.mark.parametrize(("name", "text"), [("rows.csv", "prompt,answer\n"), ("rows.json", "[]")])
+def test_a_header_or_brackets_without_rows(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=f"{name} has no rows"):
+        load(tmp_path, train_file=str(tmp_path / name))
+
+
+def test_empty_values_are_found_in_text_and_numbers(tmp_path):
+    def reward(completions, answer, **kwargs):
+        return [0.0] * len(completions)
+
+    for i, answers in enumerate((["1", None], ["1", ""], [1, None])):
+        rows = [{"prompt": "a", "answer": answer} for answer in answers]
+        with pytest.raises(InputError, match="row 2 has no 'answer'"):
+            load(tmp_path, rewards=[reward], train_file=write(tmp_path / f"{i}.jsonl", rows))
+
+
+def test_text_is_checked_as_a_whole(monkeypatch):
+    def refuse(source, column):
+        raise AssertionError(column)
+
+    monkeypatch.setattr("hf_delta.data._check_each", refuse)
+    check_rows(Source("rows", Dataset.from_list(ROWS)), ["prompt", "answer"])
+    # Rows that were picked are checked, not those that lie behind them.
+    picked = Dataset.from_list([{"prompt": ""}, {"prompt": "a"}, {"prompt": ""}]).select([1, 2])
+    with pytest.raises(InputError, match="row 2 has no 'prompt'"):
+        check_rows(Source("rows", picked), ["prompt"])
+
+
+USER = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "good", "changes", "said"),
+    [
+        ("grpo", {"prompt": 1}, {"prompt": 2}, "row 1: 'prompt' is 1, which is neither text nor a list of messages"),
+        ("grpo", {"prompt": [USER]}, {"prompt": [{"rol": "user", "content": "a"}]}, "row 2: 'prompt' is"),
+        ("grpo", {"prompt": [USER]}, {"prompt": [USER, {"role": "user"}]}, "row 2: 'prompt' is"),
+        ("grpo", {"prompt": [USER]}, {"prompt": []}, "row 2 has no 'prompt'"),
+        ("grpo", {"prompt": USER}, {}, "row 1: 'prompt' is"),
+        ("grpo", {"prompt": ["a"]}, {}, "row 1: 'prompt' is"),
+        ("sft", {"prompt": "a", "completion": 1.5}, {}, "row 1: 'completion' is 1.5"),
+        ("dpo", {"chosen": "a", "rejected": True}, {}, "row 1: 'rejected' is True"),
+        ("dpo", {"chosen": 3, "rejected": "a"}, {}, "row 1: 'chosen' is 3"),
+    ],
+)
+def test_prompts_and_replies_are_text_or_messages(tmp_path, trainer, good, changes, said):
+    file = write(tmp_path / "rows.jsonl", [good, {**good, **changes}])
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, trainer, train_file=file)
+    assert f"rows.jsonl: {said}" in str(caught.value)
+
+
+def test_messages_with_images_and_tool_calls_are_messages(tmp_path):
+    seen = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look"}}]}
+    for i, message in enumerate((seen, call)):
+        assert len(load(tmp_path, train_file=write(tmp_path / f"{i}.jsonl", [{"prompt": [USER, message]}]))) == 1
 
 
 def test_first_rows_only(tmp_path):

@@ -16,7 +16,7 @@ def final_answer(text: str) -> str | None:
 
 def playground_reward(
     completions: list[str] | list[list[dict[str, str]]],
-    answer: list[str],
+    answer: list[Any],
     level: list[str] | None = None,
     log_metric: Callable[[str, float], None] | None = None,
     **kwargs: Any,
@@ -25,12 +25,12 @@ def playground_reward(
 
     Args:
         completions (`list[str]` or `list[list[dict]]`, of length B): texts or conversations, as TRL passes them.
-        answer (`list[str]`, of length B): the right answers; `answer` of the playground's data files.
+        answer (`list`, of length B): the right answers, text or numbers; `answer` of the playground's data files.
         level (`list[str]`, *optional*, of length B): with `log_metric`, the rewards are logged as `pass_rate/<level>`.
         log_metric (`Callable`, *optional*): TRL passes one and averages what it receives.
     """
     rewards = [
-        float(final_answer(_text(completion)) == _without_leading_zeros(right))
+        float(final_answer(_text(completion)) == _without_leading_zeros(str(right)))
         for completion, right in zip(completions, answer, strict=True)
     ]
     if log_metric is not None and level is not None:

@@ -44,6 +44,9 @@ def test_the_text_after_the_last_mark_must_be_the_number(completion, reward):
         ("a;b#ba", "ba", 1.0),
         ("#ab", "ba", 0.0),
         ("#0x", "x", 0.0),
+        # Columns of digits in a CSV file are numbers.
+        ("#7", 7, 1.0),
+        ("#8", 7, 0.0),
     ],
 )
 def test_answers_other_than_positive_numbers(completion, answer, reward):
