@@ -16,7 +16,7 @@ def load_object(path: str, key: str) -> Any:
         key (`str`): Recipe key the path came from, for the message.
 
     Raises:
-        `InputError`: the path has no dot, its module cannot be imported, or the module has no such name.
+        `InputError`: the path has no dot, its module cannot be imported or fails while it is, or it has no such name.
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:
@@ -27,6 +27,9 @@ def load_object(path: str, key: str) -> Any:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise InputError(f"{key}: {path}: cannot import {module_name} ({error}).") from error
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise InputError(f"{key}: {path}: {module_name} fails when it is imported ({reason}).") from error
     if not hasattr(module, name):
         raise InputError(f"{key}: {path}: module {module_name} has no name {name!r}.")
     return getattr(module, name)

@@ -23,6 +23,9 @@ class Length:
     def __call__(self, completions, **kwargs):
         return [len(c) / self.unit for c in completions]
 
+def picky(limit):
+    raise RuntimeError(f"{limit} is too much")
+
 made = Length(1.0)
 number = 3
 """
@@ -63,6 +66,7 @@ def test_dotted_paths(mine):
         ({"get_soft_overlong_punishment": {"max_len": 3}}, "missing a required argument"),
         ({"{mine}.plain": {}}, "missing a required argument"),
         ({"a": {}, "b": {}}, "must have one name"),
+        ({"{mine}.picky": {"limit": 3}}, "raised RuntimeError: 3 is too much"),
     ],
 )
 def test_refusals(mine, entry, said):
@@ -73,6 +77,23 @@ def test_refusals(mine, entry, said):
     with pytest.raises(InputError) as caught:
         resolve_reward(entry)
     assert fill(said) in str(caught.value) and str(caught.value).startswith("reward_funcs: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def reward(:\n", "fails when it is imported (SyntaxError: "),
+        ("reward = undefined\n", "fails when it is imported (NameError: name 'undefined' is not defined)"),
+        ("import no_such_module_at_all\n", "cannot import {module} (No module named 'no_such_module_at_all')"),
+    ],
+)
+def test_modules_that_cannot_be_imported(tmp_path, monkeypatch, text, said, request):
+    module = f"broken_rewards_{request.node.callspec.indices['text']}"
+    (tmp_path / f"{module}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError) as caught:
+        resolve_reward(f"{module}.reward")
+    assert said.format(module=module) in str(caught.value) and module in str(caught.value)
 
 
 def test_rewards_of_trl_that_need_a_package_say_which(monkeypatch):

@@ -34,7 +34,8 @@ def resolve_reward(entry: str | dict[str, dict[str, Any]], key: str = "reward_fu
         key (`str`, *optional*): The key of the recipe, for messages.
 
     Raises:
-        `InputError`: nothing of that name, not callable, wrong arguments, or `math_verify` is needed and missing.
+        `InputError`: nothing of that name, not callable, arguments that it does not take or that make it raise, or
+                `math_verify` is needed and missing.
     """
     name, arguments = _split(entry, key)
     found = _find(name, key)
@@ -49,7 +50,10 @@ def resolve_reward(entry: str | dict[str, dict[str, Any]], key: str = "reward_fu
         inspect.signature(found).bind(**arguments)
     except TypeError as error:
         raise InputError(f"{key}: {name}: {error}; it takes ({_required_text(found)}).") from error
-    made = found(**arguments)
+    try:
+        made = found(**arguments)
+    except Exception as error:
+        raise InputError(f"{key}: {name}{arguments} raised {type(error).__name__}: {error}") from error
     if not callable(made):
         raise InputError(f"{key}: {name}{arguments} is not a function; write the name alone.")
     return made
