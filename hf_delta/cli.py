@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     run.usage = "hf-delta run RECIPE [--key value ...]"
     run.epilog = "Every key of a recipe is a flag; `hf-delta keys RECIPE` lists those that a recipe can have."
     run.add_argument("recipe", help="a file, or a name that `hf-delta recipes` lists")
+    run.set_defaults(print_help=run.print_help)
     run.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="keys of the recipe to change")
 
     _command(commands, "recipes", _recipes, "list the recipes that come with hf_delta")
@@ -84,6 +85,10 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    # After the recipe everything is a key, and argparse no longer looks.
+    if {"-h", "--help"}.intersection(arguments.overrides):
+        arguments.print_help()
+        return 0
     from hf_delta.train import main as train
 
     return train([arguments.recipe, *arguments.overrides])

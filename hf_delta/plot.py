@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -117,7 +118,6 @@ def run_figure(run_dir: str | Path) -> Figure:
     figure = Figure(figsize=(4.5 * columns, 3.2 * rows + 0.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(run_dir.resolve().name, fontweight="bold")
-    figure.supxlabel("points: logged values; lines: centred moving averages", fontsize="small", color="dimgray")
     for index, panel in enumerate(panels, start=1):
         axes = figure.add_subplot(rows, columns, index)
         panel.draw(axes)
@@ -127,6 +127,9 @@ def run_figure(run_dir: str | Path) -> Figure:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.02)
+    smoothed = any(isinstance(mark, PathCollection) for axes in figure.axes for mark in axes.collections)
+    footer = "points: logged values" + "; lines: centred moving averages" * smoothed
+    figure.supxlabel(footer if panels[0].xlabel == STEP else "", fontsize="small", color="dimgray")
     return figure
 
 

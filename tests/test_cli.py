@@ -28,6 +28,12 @@ def test_help_and_lists_import_no_framework():
     assert found.stdout.splitlines()[-1] == "[]"
 
 
+def test_help_after_a_recipe_is_help(capsys):
+    for word in ("--help", "-h"):
+        assert main(["run", "quickstart", word]) == 0
+        assert "hf-delta keys RECIPE" in capsys.readouterr().out
+
+
 def test_recipes_are_listed_with_one_line_each(capsys):
     assert main(["recipes"]) == 0
     lines = capsys.readouterr().out.splitlines()

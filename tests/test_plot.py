@@ -93,6 +93,17 @@ def test_points_are_raw_and_lines_are_moving_averages(tmp_path):
     assert list(panels(tmp_path)["Gradient norm"].get_lines()[0].get_ydata()) == pytest.approx([2.0] * 60)
 
 
+@pytest.mark.parametrize(
+    ("steps", "footer"),
+    [(60, "points: logged values; lines: centred moving averages"), (5, "points: logged values"), (0, "")],
+)
+def test_the_footer_explains_what_is_drawn(tmp_path, steps, footer):
+    write_report(tmp_path, "before", {"all": [3, 4]})
+    if steps:
+        write_state(tmp_path, [{"step": s, "grad_norm": 2.0} for s in range(1, steps + 1)])
+    assert run_figure(tmp_path).get_supxlabel() == footer
+
+
 def test_few_points_are_drawn_as_they_are(tmp_path):
     log = [{"step": s, "loss": 3.0 / s, "mean_token_accuracy": 0.5} for s in (1, 2)] + [{"step": 2, "eval_loss": 1.4}]
     write_state(tmp_path, log)
