@@ -31,7 +31,7 @@ _WORDS = {
 
 # Where the package has another name than the integration.
 _PACKAGES = {"azure_ml": "azureml-core"}
-# transformers knows them and does not list them as installed.
+# Not listed by their packages: flyte never is, kubeflow by where the process runs.
 _UNLISTED = ("flyte", "kubeflow")
 
 
