@@ -12,7 +12,8 @@ from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer
 from tests.distributed.fsdp_on_cpu import FSDP2, fsdp_on_cpu
 from tests.rl.frozen import GENERATIONS, PROMPTS, GradientRecorder, frozen_rollouts
 from tests.rl.test_resume import StopAt
-from tests.rl.test_trainer import build, lora
+from tests.rl.test_trainer import build as build_trainer
+from tests.rl.test_trainer import lora
 
 
 FROZEN = {
@@ -36,6 +37,15 @@ LEARNING = {
     "save_strategy": "steps",
     "save_steps": 1,
 }
+
+
+KEPT = []
+
+
+def build(*args, **kwargs):
+    """A trainer that lives as long as its process: freeing what holds process groups races with gloo's threads."""
+    KEPT.append(build_trainer(*args, **kwargs))
+    return KEPT[-1]
 
 
 def full(tensor):
