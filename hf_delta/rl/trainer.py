@@ -18,7 +18,7 @@ from hf_delta.checkpoint import (
     save_state,
 )
 from hf_delta.errors import InputError
-from hf_delta.rl.config import weight_rule
+from hf_delta.rl.config import DeltaGRPOConfig, weight_rule
 from hf_delta.rl.prompt_ids import with_prompt_ids
 from hf_delta.rl.rewards import checked_reward
 from hf_delta.rl.weights import WEIGHT_RULES, AdvantageTransform, RolloutBatch, combine_weights
@@ -85,6 +85,8 @@ class DeltaGRPOTrainer(GRPOHooks):
     def _configured_transforms(self) -> list[AdvantageTransform]:
         transforms = []
         if self.loss_type == "delta_l":
+            if not isinstance(self.args, DeltaGRPOConfig):
+                raise InputError("loss_type delta_l needs a DeltaGRPOConfig, and args is a plain GRPOConfig.")
             rule = WEIGHT_RULES["delta_l"]
             transforms.append(rule(alpha=self.args.delta_l_alpha, scope=self.args.delta_l_scope))
         kwargs = getattr(self.args, "advantage_transform_kwargs", None) or {}

@@ -475,6 +475,11 @@ def test_a_wrong_config_is_refused(tmp_path, changes, message):
         config(tmp_path, **changes)
 
 
+def test_delta_l_in_a_plain_config_says_which_config_to_take(world, tmp_path):
+    with pytest.raises(InputError, match="needs a DeltaGRPOConfig"):
+        build(world, tmp_path, config_cls=trl.GRPOConfig, loss_type="delta_l")
+
+
 def test_the_config_is_json(tmp_path):
     args = config(tmp_path, loss_type="delta_l", advantage_transforms=[RULE])
     assert json.loads(args.to_json_string())["advantage_transforms"] == [RULE]
