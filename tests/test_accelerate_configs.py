@@ -1,5 +1,6 @@
 """The configurations for `accelerate launch`: its own parser reads them, and two processes start where two are promised."""
 
+import json
 import os
 import subprocess
 import sys
@@ -63,11 +64,12 @@ def test_what_the_sharded_ones_shard():
 def test_cpu_starts_two_processes_that_train_one_model(tmp_path, playground):
     script = tmp_path / "spy.py"
     script.write_text(
-        "import sys, torch.distributed as dist, transformers\n"
+        "import json, os, pathlib, sys, torch.distributed as dist, transformers\n"
         "class Spy(transformers.TrainerCallback):\n"
         "    def on_train_end(self, args, state, control, model=None, **kwargs):\n"
         "        total = sum(p.double().sum() for p in model.parameters())\n"
-        "        print('WORLD', args.world_size, dist.get_backend(), args.process_index, repr(total.item()), flush=True)\n"
+        "        found = [args.world_size, dist.get_backend(), args.process_index, total.item()]\n"
+        "        pathlib.Path(os.environ['SPY'], f'{args.process_index}.json').write_text(json.dumps(found))\n"
         "import trl\n"
         "init = trl.SFTTrainer.__init__\n"
         "def spied(self, *a, **k):\n"
@@ -80,13 +82,15 @@ def test_cpu_starts_two_processes_that_train_one_model(tmp_path, playground):
     recipe = write(tmp_path, keys("sft", playground, tmp_path / "out"))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "cpu.yaml")]
     command = [*launch, "--main_process_port", "0", str(script), str(recipe), "--learning_rate", "1e-3"]
-    found = subprocess.run(
-        command, timeout=600, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    # A file for each process: lines that two processes print into one pipe can run into one another.
+    spies = tmp_path / "spies"
+    spies.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "SPY": str(spies)}
+    found = subprocess.run(command, timeout=600, capture_output=True, text=True, env=environment)
     assert found.returncode == 0, found.stderr[-3000:]
-    lines = sorted(line.split()[1:] for line in found.stdout.splitlines() if line.startswith("WORLD"))
-    assert [line[:3] for line in lines] == [["2", "gloo", "0"], ["2", "gloo", "1"]]
-    assert lines[0][3] == lines[1][3]
+    seen = [json.loads(path.read_text()) for path in sorted(spies.iterdir())]
+    assert [spy[:3] for spy in seen] == [[2, "gloo", 0], [2, "gloo", 1]]
+    assert seen[0][3] == seen[1][3]
     assert found.stderr.count("README.md says how to load it") == 1
     # The same command again: both processes stop with one message.
     again = subprocess.run(
