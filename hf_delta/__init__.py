@@ -1,10 +1,14 @@
 """hf_delta: post-training methods that TRL and PEFT do not have.
 
-Names are resolved on first use, so that `import hf_delta` imports neither torch nor TRL.
+Names are resolved on first use, so that `import hf_delta` imports neither torch nor TRL. Its adapters are made known to
+PEFT when both packages have been imported, in either order.
 """
 
+import warnings
 from importlib import import_module
 from typing import Any
+
+from hf_delta._compat.imports import when_imported
 
 
 __version__ = "0.1.0"
@@ -25,6 +29,17 @@ def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'hf_delta' has no attribute '{name}'")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def _register_adapters() -> None:
+    try:
+        import_module("hf_delta.adapters")
+    except ImportError as error:
+        # PEFT itself must stay usable; whoever asks for an adapter of ours gets the error.
+        warnings.warn(f"the adapters of hf_delta are not registered: {error}", stacklevel=2)
+
+
+when_imported("peft", _register_adapters)
 
 
 def __dir__() -> list[str]:

@@ -6,11 +6,14 @@ import subprocess
 import sys
 import textwrap
 
+import peft
 import pytest
 import trl
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from transformers import Trainer
 from trl.trainer import grpo_trainer
 
+from hf_delta._compat import peft as peft_compat
 from hf_delta._compat import transformers as transformers_compat
 from hf_delta._compat import trl as compat
 
@@ -81,3 +84,39 @@ def test_a_wrong_trl_fails_at_import_of_the_trainer():
     assert (
         "ImportError: hf_delta uses private methods of TRL" in run.stderr and "trl 1.15.2 is installed" in run.stderr
     )
+
+
+@pytest.mark.parametrize(
+    "owner,name",
+    [*((BaseTuner, n) for n in peft_compat.TUNER_SEAMS), *((BaseTunerLayer, n) for n in peft_compat.LAYER_SEAMS)],
+)
+def test_signatures_of_peft_are_the_recorded_ones(owner, name):
+    recorded = {**peft_compat.TUNER_SEAMS, **peft_compat.LAYER_SEAMS}[name]
+    assert tuple(inspect.signature(getattr(owner, name)).parameters) == recorded, "see hf_delta/_compat/peft.py"
+
+
+def test_peft_asks_its_tuner_for_the_hook_of_mixed_batches():
+    assert "_enable_peft_forward_hooks" in inspect.getsource(peft.PeftModel._enable_peft_forward_hooks)
+
+
+@pytest.mark.parametrize("version", ["0.20.0", "0.22.0.dev0", "0.22.0", "1.0.0"])
+def test_another_peft_is_refused_with_what_to_install(version):
+    with pytest.raises(ImportError, match=r"pip install 'peft(<0.22,>=0.21|>=0.21,<0.22)'"):
+        peft_compat.require_supported_peft(version)
+
+
+def test_peft_stays_usable_where_its_version_is_not_supported():
+    code = (
+        "import importlib.metadata as m; real = m.version;"
+        "m.version = lambda name: '0.30.0' if name == 'peft' else real(name);"
+        "import hf_delta, peft; print(peft.LoraConfig(r=4).r)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.stdout.strip() == "4" and "pip install 'peft" in found.stderr
+
+
+@pytest.mark.parametrize("order", ["import hf_delta; import peft", "import peft; import hf_delta"])
+def test_adapters_are_known_to_peft_whatever_is_imported_first(order):
+    code = f"{order}; print(sorted(k for k in peft.PEFT_TYPE_TO_CONFIG_MAPPING if k.startswith('HFD_')))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert [name in found.stdout for name in ("HFD_BONE", "HFD_EDORA", "HFD_PMSS")] == [True] * 3, found.stderr

@@ -16,11 +16,20 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 UPSTREAM = ("trl", "peft", "transformers", "accelerate")
 
 # Pure functions: tensors in, tensors out. They may import torch and numpy, and one another.
-FUNCTIONS = ["rl/weights", "evaluation/estimates.py"]
+FUNCTIONS = [
+    "rl/weights",
+    "evaluation/estimates.py",
+    "ops",
+    *(path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.glob("adapters/*/functions.py"))),
+    "adapters/pmss/selection.py",
+]
 # Rooms from the ground up: a module may import from its own floor and from those before it.
 FLOORS = [
-    ["errors.py", "__init__.py"],
-    ["imports.py", "checkpoint.py", "_compat"],
+    ["errors.py", "__init__.py", "_compat/__init__.py", "_compat/imports.py"],
+    ["imports.py", "checkpoint.py", "ops", "_compat"],
+    ["adapters/base"],
+    ["adapters/bone", "adapters/dora", "adapters/edora", "adapters/pmss"],
+    ["adapters"],
     ["rl/weights", "rl/rewards.py", "rl/prompt_ids.py", "playground", "evaluation"],
     ["rl/config.py"],
     ["rl/trainer.py", "rl/__init__.py", "plot.py"],

@@ -1,4 +1,4 @@
-"""Private names of TRL: the seams of `GRPOTrainer` that hf_delta uses, their recorded signatures, and hooks over them.
+"""Private names of TRL: the seams of its trainers that hf_delta uses, their recorded signatures, and hooks over them.
 
 Nothing else in the package names a private attribute of TRL. [`GRPOHooks`] turns the seams into a few methods with plain
 names, so that a new TRL release is one file's work; `tests/test_seams.py` compares the signatures with the installed TRL.
@@ -37,8 +37,10 @@ def require_supported_trl(installed: str | None = None) -> None:
 require_supported_trl()
 
 # After the version check, which has the better message.
-from trl import GRPOTrainer  # noqa: E402
+from trl import DPOTrainer, GRPOTrainer  # noqa: E402
 from trl.trainer.utils import RepeatSampler  # noqa: E402
+
+from hf_delta._compat.reference import ReferenceRepair  # noqa: E402
 
 
 # Parameters of each private method that is overridden or called, as of TRL 1.16.
@@ -69,8 +71,14 @@ SAMPLER_ATTRIBUTES: tuple[str, ...] = ("shuffle", "num_samples", "generator")
 GRPO_LOSS_TYPES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
-class GRPOHooks(GRPOTrainer):
+class DPOHooks(DPOTrainer, ReferenceRepair):
+    """`DPOTrainer` that holds a trained adapter to a true copy of itself; otherwise bit for bit TRL's."""
+
+
+class GRPOHooks(GRPOTrainer, ReferenceRepair):
     """`GRPOTrainer` whose seams call methods with plain names; with no hook overridden it trains bit for bit like TRL's.
+
+    As in [`DPOHooks`], the reference of a trained adapter is a true copy of it.
 
     Hooks, all optional:
         `on_rollouts(rollouts, rewards_per_func, rows)`: after each training generation, may edit `rollouts` in place.

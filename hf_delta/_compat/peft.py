@@ -1,0 +1,174 @@
+"""Private names of PEFT: new members of its enum of methods, and hooks with plain names over its tuner classes.
+
+PEFT has a public function that registers a method, but it accepts only names that its `PeftType` enum already has.
+`tests/test_seams.py` compares the recorded signatures with the installed PEFT.
+"""
+
+import importlib.metadata
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from packaging.specifiers import SpecifierSet
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import register_peft_method
+from torch import nn
+
+
+__all__ = [
+    "BufferDict",
+    "TunerHooks",
+    "TunerLayerHooks",
+    "in_out_features",
+    "peft_type",
+    "register_method",
+    "require_supported_peft",
+]
+
+SUPPORTED_PEFT = SpecifierSet(">=0.21,<0.22")
+
+# Parameters of each private method that is overridden or called, as of PEFT 0.21.
+TUNER_SEAMS: dict[str, tuple[str, ...]] = {
+    "_create_and_replace": (
+        "self",
+        "peft_config",
+        "adapter_name",
+        "target",
+        "target_name",
+        "parent",
+        "current_key",
+        "parameter_name",
+    ),
+    "_replace_module": ("self", "parent", "child_name", "new_module", "child"),
+    "_remap_adapter_state_dict_for_load": ("model", "config", "adapter_name", "state_dict"),
+}
+LAYER_SEAMS: dict[str, tuple[str, ...]] = {
+    "_move_adapter_to_device_of_base_layer": ("self", "adapter_name", "device"),
+}
+# Read by `PeftModel` on its tuner where it exists, and attributes of every tuner layer.
+ATTRIBUTES: tuple[str, ...] = ("_enable_peft_forward_hooks", "_active_adapter", "_disable_adapters")
+
+
+def require_supported_peft(installed: str | None = None) -> None:
+    """Refuse a PEFT whose private names were not recorded.
+
+    Raises:
+        `ImportError`: the installed PEFT is outside the tested range; the message says what to install.
+    """
+    installed = installed or importlib.metadata.version("peft")
+    if not SUPPORTED_PEFT.contains(installed, prereleases=True):
+        raise ImportError(
+            f"hf_delta uses private methods of PEFT that were recorded for peft{SUPPORTED_PEFT}, and peft {installed} is "
+            f"installed. Run: pip install 'peft{SUPPORTED_PEFT}'"
+        )
+
+
+require_supported_peft()
+
+
+def peft_type(name: str) -> PeftType:
+    """The member of PEFT's enum of methods with this name, in capitals; added if it is not there.
+
+    A member and not a plain string, because transformers reads `config.peft_type.value`.
+    """
+    name = name.upper()
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_, member._value_ = name, name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType)
+    # From Python 3.12 on, members are attributes of the class.
+    type.__setattr__(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
+
+
+def register_method(name: str, config: type[PeftConfig], model: type[BaseTuner]) -> None:
+    """Make a method known to `get_peft_model`, `PeftModel`, `AutoPeftModel...` and transformers; twice does nothing.
+
+    Raises:
+        `KeyError`: another class has this name.
+    """
+    known = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type(name))
+    if known is None:
+        register_peft_method(name=name, config_cls=config, model_cls=model)
+    elif known is not config:
+        raise KeyError(f"PEFT already has a method {name!r}: {known.__module__}.{known.__qualname__}")
+
+
+class TunerHooks(BaseTuner):
+    """`BaseTuner` whose seams call methods with plain names.
+
+    Hooks:
+        `adapt(config, adapter_name, module, key)`: the module that takes the place of `module`, or `module` itself.
+        `mixed_batch(adapter_names, beams)`: context in which each row of a batch has an adapter of its own.
+        `check_state(model, adapter_name, state)`: before saved tensors are put into an adapter.
+    """
+
+    def adapt(self, config: PeftConfig, adapter_name: str, module: nn.Module, key: str) -> nn.Module:
+        raise TypeError(f"{type(self).__name__} does not say how it adapts a module")
+
+    @contextmanager
+    def mixed_batch(self, adapter_names: list[str], beams: int) -> Iterator[None]:
+        raise ValueError(f"{type(self).__name__} takes no adapter_names; call set_adapter before each batch.")
+        yield
+
+    @classmethod
+    def check_state(cls, model: nn.Module, adapter_name: str, state: dict[str, torch.Tensor]) -> None:
+        pass
+
+    def _create_and_replace(self, peft_config, adapter_name, target, target_name, parent, current_key, **unused):
+        adapted = self.adapt(peft_config, adapter_name, target, current_key)
+        if adapted is target:
+            return
+        if adapter_name not in self.active_adapters:
+            adapted.requires_grad_(False)
+        self._replace_module(parent, target_name, adapted, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, adapter_names: list[str] | None = None, **kwargs):
+        if adapter_names is None:
+            yield
+            return
+        beams = (kwargs.get("num_beams") or 1) * (kwargs.get("num_return_sequences") or 1)
+        with self.mixed_batch(list(adapter_names), beams):
+            yield
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        cls.check_state(model, adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+class TunerLayerHooks(BaseTunerLayer):
+    """`BaseTunerLayer` with plain names for what a layer needs of it."""
+
+    def start_unmerged(self, adapter_name: str) -> None:
+        """The state of a layer that was just made: one active adapter, nothing merged, nothing disabled."""
+        self._active_adapter = adapter_name
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def move_adapter(self, adapter_name: str) -> None:
+        """Bring an adapter's tensors to the device, and its floating point ones to the dtype, of the base layer."""
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def not_yet_merged(self, adapter_names: list[str] | None) -> list[str]:
+        """The adapters out of `adapter_names`, or of the active ones, that are still to be merged; warns of the rest."""
+        return check_adapters_to_merge(self, adapter_names)
+
+
+def in_out_features(module: nn.Module) -> tuple[int | None, int | None]:
+    """Input and output size of a linear layer of any kind that PEFT knows, also while its weight is sharded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        sizes: Any = _get_in_out_features(module)
+    return sizes

@@ -1,0 +1,85 @@
+"""The tuner: puts adapted layers into a model."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    get_quantization_kwargs,
+    resolve_quantization_backend,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_delta._compat.peft import TunerHooks
+from hf_delta.adapters.base.config import DeltaAdapterConfig
+from hf_delta.adapters.base.layer import DeltaLinear
+from hf_delta.errors import InputError
+
+
+class DeltaModel(TunerHooks):
+    """Base of the tuners; a method gives `prefix`, which is `"hfd_<method>_"`, and `tuner_layer_cls`."""
+
+    tuner_layer_cls: ClassVar[type[DeltaLinear]]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def adapt(self, config: DeltaAdapterConfig, adapter_name: str, module: nn.Module, key: str) -> nn.Module:
+        """
+        Raises:
+            `InputError`: the module is of no kind that can be adapted, or the adapter does not fit its size.
+        """
+        try:
+            if isinstance(module, self.tuner_layer_cls):
+                module.update_layer(adapter_name, config)
+                return module
+            _check_kind(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+            return self.tuner_layer_cls(module, adapter_name, config, **get_quantization_kwargs(self))
+        except InputError as error:
+            raise InputError(f"{key}: {error}") from error
+
+    @contextmanager
+    def mixed_batch(self, adapter_names: list[str], beams: int) -> Iterator[None]:
+        """Context in which row `n` of a batch has adapter `adapter_names[n]`, or none for `"__base__"`.
+
+        Raises:
+            `ValueError`: the model is in training mode, or there is no adapter of a name.
+        """
+        if self.training:
+            raise ValueError("adapter_names were passed in training mode; call model.eval() first.")
+        layers = self.adapted_layers()
+        known = {name for layer in layers for name in layer.adapters}
+        if unknown := set(adapter_names) - known - {"__base__"}:
+            raise ValueError(
+                f"adapter_names: there is no {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}."
+            )
+        for layer in layers:
+            layer.mixed_adapters = (adapter_names, beams)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.mixed_adapters = None
+
+    @classmethod
+    def check_state(cls, model: nn.Module, adapter_name: str, state: dict[str, torch.Tensor]) -> None:
+        """Have every layer check this adapter again before its next use, now that saved values come in."""
+        for module in model.modules():
+            if isinstance(module, cls.tuner_layer_cls):
+                module.unchecked.add(adapter_name)
+
+    def adapted_layers(self) -> list[DeltaLinear]:
+        return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+
+def _check_kind(module: nn.Module) -> None:
+    kinds = (nn.Linear, Conv1D)
+    # The output projection of nn.MultiheadAttention is read, not called: an adapter on it would be ignored.
+    read_only = type(module).__name__ == "NonDynamicallyQuantizableLinear"
+    if read_only or not (isinstance(module, kinds) or resolve_quantization_backend(module) is not None):
+        raise InputError(
+            f"a {type(module).__name__} cannot be adapted: name linear layers in target_modules (nn.Linear, Conv1D or "
+            "quantised ones), or write target_modules: all-linear, and name others in modules_to_save."
+        )

@@ -1,0 +1,1 @@
+"""Tensor functions that several families share; torch only."""

@@ -1,0 +1,34 @@
+"""Whole tensors out of parameters that may be sharded."""
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a `DTensor` (FSDP2, tensor parallel) or a parameter that DeepSpeed has partitioned."""
+    return isinstance(tensor, DTensor) or (hasattr(tensor, "ds_id") and tensor.numel() != tensor.ds_numel)
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor, detached; a plain tensor is returned as it is.
+
+    Collective where the tensor is sharded: every rank calls it.
+
+    Raises:
+        `RuntimeError`: DeepSpeed ZeRO-3 has partitioned the tensor. It gathers on entry of a module's forward, and
+            elsewhere with `deepspeed.zero.GatheredParameters([parameter])` around the call.
+    """
+    if isinstance(tensor, DTensor):
+        return tensor.detach().full_tensor()
+    if is_sharded(tensor):
+        raise RuntimeError(
+            f"a parameter of {tensor.ds_numel} elements is partitioned by DeepSpeed ZeRO-3: gather it first, "
+            "with deepspeed.zero.GatheredParameters([parameter])"
+        )
+    return tensor.detach()
+
+
+def frozen_parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
+    """A parameter that takes no gradient unless `like` does, with its dtype and device."""
+    return nn.Parameter(tensor.to(like.device, like.dtype), requires_grad=like.requires_grad)
