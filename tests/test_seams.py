@@ -25,7 +25,8 @@ def test_signatures_are_the_recorded_ones(name):
 
 
 def test_every_private_override_is_recorded():
-    overridden = {n for n, f in vars(compat.GRPOHooks).items() if n.startswith("_") and inspect.isfunction(f)}
+    functions = {n for n, f in vars(compat.GRPOHooks).items() if inspect.isfunction(f)}
+    overridden = {n for n in functions if n.startswith("_") and not n.startswith("__")}
     assert overridden <= compat.SEAMS.keys()
 
 

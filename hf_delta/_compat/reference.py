@@ -3,20 +3,22 @@
 Given a model with a trained adapter, TRL 1.16 adds an adapter "ref" and copies to it the parameters that have `.default.`
 in their names. PEFT keeps many adapters in dictionaries of parameters, whose names end in `.default`: nothing of them is
 copied, "ref" stays at its initialisation, and the policy is held to the base model without a word. Buffers and tables
-of indices are left out too. [`ReferenceRepair`] copies all of it.
+of indices are left out too. [`ReferenceRepair`] copies all of it, and [`base_kept`] keeps the new adapter from changing
+the policy.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from peft import PeftModel
-from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.integrations import gather_params_ctx
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import Trainer
 
+from hf_delta._compat.peft import BufferDict
 from hf_delta.errors import InputError
 
 
@@ -25,6 +27,9 @@ POLICY, REFERENCE = "default", "ref"
 # Where PEFT keeps what belongs to one adapter: in attributes of these modules, of these types, under the adapter's name.
 _OWNERS = (PeftModel, BaseTuner, BaseTunerLayer, AuxiliaryTrainingWrapper)
 _CONTAINERS = (nn.ModuleDict, nn.ParameterDict, BufferDict, dict)
+
+# Values of LoRA's `init_lora_weights` that take the start of a new adapter out of the base weights.
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class ReferenceRepair(Trainer):
@@ -43,6 +48,26 @@ class ReferenceRepair(Trainer):
         if has_reference(model):
             copy_adapter(model, POLICY, REFERENCE)
         super().__init__(model, *args, **kwargs)
+
+
+@contextmanager
+def base_kept(model) -> Iterator[None]:
+    """
+    While TRL adds the reference adapter: begin it in the plain way where the configuration's own would change the base.
+
+    The base weights of a trained PiSSA adapter are a residual. A second adapter of that configuration takes its own
+    start out of them again, and the policy is no longer the one that was trained.
+    """
+    config = model.peft_config.get(POLICY) if isinstance(model, PeftModel) else None
+    start = getattr(config, "init_lora_weights", None)
+    if not (isinstance(start, str) and start.lower().startswith(_BASE_CHANGING)):
+        yield
+        return
+    config.init_lora_weights = True
+    try:
+        yield
+    finally:
+        config.init_lora_weights = start
 
 
 def has_reference(model) -> bool:

@@ -40,7 +40,7 @@ require_supported_trl()
 from trl import DPOTrainer, GRPOTrainer  # noqa: E402
 from trl.trainer.utils import RepeatSampler  # noqa: E402
 
-from hf_delta._compat.reference import ReferenceRepair  # noqa: E402
+from hf_delta._compat.reference import ReferenceRepair, base_kept  # noqa: E402
 
 
 # Parameters of each private method that is overridden or called, as of TRL 1.16.
@@ -74,6 +74,10 @@ GRPO_LOSS_TYPES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", 
 class DPOHooks(DPOTrainer, ReferenceRepair):
     """`DPOTrainer` that holds a trained adapter to a true copy of itself; otherwise bit for bit TRL's."""
 
+    def __init__(self, model, *args, **kwargs):
+        with base_kept(model):
+            super().__init__(model, *args, **kwargs)
+
 
 class GRPOHooks(GRPOTrainer, ReferenceRepair):
     """`GRPOTrainer` whose seams call methods with plain names; with no hook overridden it trains bit for bit like TRL's.
@@ -88,6 +92,10 @@ class GRPOHooks(GRPOTrainer, ReferenceRepair):
     """
 
     rollout_dropout: bool = True
+
+    def __init__(self, model, *args, **kwargs):
+        with base_kept(model):
+            super().__init__(model, *args, **kwargs)
 
     def on_rollouts(self, rollouts: dict[str, Any], rewards_per_func: torch.Tensor, rows: list[dict]) -> None:
         pass

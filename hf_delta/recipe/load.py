@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # trainer: -> (configuration, trainer), as dotted paths so that reading recipes' names imports neither.
 TRAINERS = {
     "sft": ("trl.SFTConfig", "trl.SFTTrainer"),
-    "dpo": ("trl.DPOConfig", "trl.DPOTrainer"),
+    "dpo": ("trl.DPOConfig", "hf_delta._compat.trl.DPOHooks"),
     "grpo": ("hf_delta.rl.config.DeltaGRPOConfig", "hf_delta.rl.trainer.DeltaGRPOTrainer"),
 }
 
