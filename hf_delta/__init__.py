@@ -15,10 +15,13 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AdvantageTransform": "hf_delta.rl.weights",
+    "BoneConfig": "hf_delta.adapters",
     "DeltaGRPOConfig": "hf_delta.rl.config",
     "DeltaGRPOTrainer": "hf_delta.rl.trainer",
     "DeltaLWeights": "hf_delta.rl.weights",
+    "EdoraConfig": "hf_delta.adapters",
     "InputError": "hf_delta.errors",
+    "PmssConfig": "hf_delta.adapters",
     "RolloutBatch": "hf_delta.rl.weights",
 }
 

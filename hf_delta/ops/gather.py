@@ -1,5 +1,8 @@
 """Whole tensors out of parameters that may be sharded."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -32,3 +35,23 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 def frozen_parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     """A parameter that takes no gradient unless `like` does, with its dtype and device."""
     return nn.Parameter(tensor.to(like.device, like.dtype), requires_grad=like.requires_grad)
+
+
+@contextmanager
+def whole_parameters(*modules: nn.Module) -> Iterator[None]:
+    """Let modules hold whole copies of their sharded parameters for a while, then the same parameter objects again.
+
+    For reading: what is written to the copies is lost. Collective where a parameter is sharded.
+    """
+    kept = []
+    for root in modules:
+        for module in root.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if isinstance(parameter, DTensor):
+                    kept.append((module, name, parameter))
+                    setattr(module, name, nn.Parameter(full_tensor(parameter), requires_grad=False))
+    try:
+        yield
+    finally:
+        for module, name, parameter in kept:
+            setattr(module, name, parameter)

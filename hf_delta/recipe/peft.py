@@ -1,6 +1,6 @@
 """The `peft_config:` block of a recipe."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_delta.errors import InputError
 from hf_delta.recipe.fields import build, suggest, type_hints
@@ -49,7 +49,16 @@ def _resolve(method: Node) -> tuple[str, dict[str, object]]:
     return PRESETS.get(name, (name, {}))
 
 
+def wants_fast_dora(values: dict[str, Any]) -> bool:
+    """Whether a recipe asks for DoRA by its name; `method: lora` with `use_dora: true` is PEFT's own computation."""
+    method = (values.get("peft_config") or {}).get("method", "")
+    return str(method).lower() == "dora"
+
+
 def _config_classes() -> dict[str, type]:
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    from hf_delta.adapters import ADAPTERS
+
+    ours = {name: config for name, (config, _) in ADAPTERS.items()}
+    return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()} | ours

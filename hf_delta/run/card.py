@@ -43,12 +43,26 @@ def how_to_load(recipe: Recipe) -> str:
         note = ""
     else:
         imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+        if is_own_method(recipe):
+            imports = f"import hf_delta  # makes the method known to PEFT\n{imports}"
         load = f'model = AutoPeftModelForCausalLM.from_pretrained("{name}")'
         note = f"\nThis is an adapter. Its base model is `{absolute(recipe.model.model_name_or_path)}`.\n"
+        if is_own_method(recipe):
+            note += (
+                "Its method is not part of PEFT: without `import hf_delta`, loading it ends in "
+                f"`KeyError: '{recipe.peft.peft_type.value}'`. "
+                f"For tools that know plain LoRA only, such as vLLM:\n\n```\n"
+                f"hf-delta export --adapter {name} --format lora --out lora\n```\n"
+            )
     return (
         f"## How to load\n{note}\n```python\n{imports}\n\n{load}\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
     )
+
+
+def is_own_method(recipe: Recipe) -> bool:
+    """Whether an adapter is of a method that PEFT itself does not have."""
+    return recipe.peft is not None and recipe.peft.peft_type.value.startswith("HFD_")
 
 
 def absolute(model: str) -> str:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.adapters.life import KINDS
 from tests.distributed.cases import FROZEN, LEARNING, ROWS
 from tests.rl.frozen import GENERATIONS, PROMPTS, GradientRecorder, frozen_rollouts
 from tests.rl.test_trainer import assert_identical, build
@@ -60,3 +61,20 @@ def test_two_processes_resume_bit_for_bit_inside_a_window(two_processes, case):
         assert rank["steps"] == LEARNING["max_steps"]
         assert_identical(rank["straight"], rank["resumed"])
     assert_identical(ranks[0]["resumed"], ranks[1]["resumed"])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sharded_adapters_are_what_they_are_in_one_process(two_processes, kind):
+    for rank in two_processes(f"fully_shard_{kind}"):
+        assert rank["sharded"]
+        for what in ("gradients", "stepped", "merged"):
+            found, expected = rank["found"][what], rank["expected"][what]
+            assert found.keys() == expected.keys() and found
+            for name, value in expected.items():
+                assert (found[name] - value).abs().max() < 1e-6, f"{what}: {name}"
+        assert any(not torch.equal(rank["found"]["merged"][n], v) for n, v in rank["found"]["unmerged"].items()), (
+            "merging changed nothing"
+        )
+        for name, value in rank["expected"]["unmerged"].items():
+            assert torch.equal(rank["found"]["unmerged"][name], value), name
+        assert rank["forward"] < 1e-5 and rank["forward_merged"] < 1e-5

@@ -13,6 +13,7 @@ from hf_delta._compat.torch import runs_plainly, write_count
 from hf_delta.adapters.base.config import DeltaAdapterConfig
 from hf_delta.adapters.base.merging import MergedWeight
 from hf_delta.errors import InputError
+from hf_delta.ops.gather import whole_parameters
 
 
 class AdapterWeight(nn.Module):
@@ -91,7 +92,8 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
             `InputError`: its tensors cannot be right for this layer.
         """
         prefixes = tuple(f"{name}.{adapter}" for name in (*self.adapter_layer_names, *self.other_param_names))
-        for name, tensor in self.state_dict(keep_vars=True).items():
+        # Not from state_dict, which under FSDP2 puts a layer back into shards in the middle of its forward.
+        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
             if name.startswith(prefixes) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise InputError(
                     f"adapter {adapter!r}: {name} holds NaN or infinite values, so the file that it came from is broken "
@@ -103,6 +105,11 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
     def adapters(self) -> list[str]:
         """Names of the adapters of this layer."""
         return list(getattr(self, self.adapter_layer_names[0]))
+
+    @property
+    def adapter_modules(self) -> list[nn.ModuleDict]:
+        """What holds the trained weights."""
+        return [getattr(self, name) for name in self.adapter_layer_names]
 
     @property
     def base_bias(self) -> torch.Tensor | None:
@@ -139,7 +146,8 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
 
     def get_delta_weight(self, adapter: str) -> torch.Tensor:
         """What the adapter adds to the weight, in the layout of the base layer."""
-        delta = self.delta_weight(adapter, self.original_weight())
+        with whole_parameters(*self.adapter_modules):
+            delta = self.delta_weight(adapter, self.original_weight())
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -154,10 +162,10 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
         names = [name for name in self.not_yet_merged(adapter_names) if name in self.adapters]
         if not names:
             return
-        self._check_new(names)
         weight = self.original_weight()
         wide = torch.promote_types(weight.dtype, torch.float32)
-        with torch.no_grad():
+        with torch.no_grad(), whole_parameters(*self.adapter_modules):
+            self._check_new(names)
             merged = weight.to(wide, copy=True)
             for name in [*self.merged_adapters, *names]:
                 merged += self.delta_weight(name, weight)

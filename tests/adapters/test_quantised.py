@@ -1,0 +1,126 @@
+"""Adapters over bitsandbytes layers, which run on a CPU: NF4, FP4 and int8."""
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+from tests.adapters.life import IDS, KINDS, config_of, layers, logits, perturb
+
+
+pytest.importorskip("bitsandbytes")
+FORMATS = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "int8": {"load_in_8bit": True},
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+every_format = pytest.mark.parametrize("bits", FORMATS)
+
+
+@pytest.fixture(scope="session")
+def base_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=24,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    return str(path)
+
+
+def quantised(base_dir, bits, dtype=torch.float32):
+    settings = dict(FORMATS[bits])
+    if "load_in_4bit" in settings:
+        settings["bnb_4bit_compute_dtype"] = dtype
+    return AutoModelForCausalLM.from_pretrained(
+        base_dir, quantization_config=BitsAndBytesConfig(**settings), dtype=dtype, device_map="cpu"
+    )
+
+
+def adapted(base_dir, bits, kind, **changes):
+    return perturb(get_peft_model(quantised(base_dir, bits), config_of(kind, **changes)))
+
+
+@every_kind
+@every_format
+def test_training_moves_the_adapter_and_nothing_else(base_dir, kind, bits):
+    model = get_peft_model(quantised(base_dir, bits), config_of(kind))
+    assert torch.allclose(logits(model), logits(quantised(base_dir, bits)), atol=1e-6)
+    frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+
+
+@every_kind
+@every_format
+def test_the_output_is_that_of_the_changed_dequantised_weight(base_dir, kind, bits):
+    model = adapted(base_dir, bits, kind)
+    layer = next(layer for layer in layers(model) if layer.in_features != layer.out_features)
+    x = torch.randn(6, layer.in_features, generator=torch.Generator().manual_seed(0))
+    weight = layer.original_weight().float()
+    expected = nn.functional.linear(x, weight + layer.delta_weight("default", weight))
+    plain = layer.base_layer(x)
+    found = layer(x)
+    # int8 rounds its input too; what is compared is how far the adapter moves the output.
+    assert (found - expected).norm() < (0.05 if bits == "int8" else 1e-4) * (plain - expected).norm() + 0.02 * (
+        bits == "int8"
+    ) * plain.norm()
+
+
+@every_kind
+@every_format
+def test_merging_gives_a_dense_copy_and_unmerging_the_quantised_layer(base_dir, kind, bits):
+    model = adapted(base_dir, bits, kind)
+    expected = logits(model)
+    before = {n: m for n, m in model.named_modules()}
+    stored = {n: p.clone() for n, p in model.named_parameters()}
+    model.merge_adapter()
+    merged = [layer.base_layer for layer in layers(model)]
+    assert all(type(m) is nn.Linear and m.weight.is_floating_point() for m in merged)
+    assert torch.allclose(logits(model), expected, atol=0.02 if bits == "int8" else 1e-4)
+    model.unmerge_adapter()
+    after = {n: m for n, m in model.named_modules()}
+    assert after.keys() == before.keys() and all(after[n] is before[n] for n in after)
+    assert all(torch.equal(p, stored[n]) for n, p in model.named_parameters())
+    assert torch.equal(logits(model), expected)
+
+
+@every_kind
+@every_format
+def test_saved_and_loaded_on_a_quantised_base(base_dir, kind, bits, tmp_path):
+    model = adapted(base_dir, bits, kind)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(quantised(base_dir, bits), tmp_path)), expected)
+
+
+@every_kind
+def test_half_precision_computation_over_4_bits(base_dir, kind):
+    model = perturb(get_peft_model(quantised(base_dir, "nf4", torch.bfloat16), config_of(kind)))
+    loss = model(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@every_kind
+def test_a_merged_and_unloaded_model_has_no_4_bit_layer_under_an_adapter(base_dir, kind, tmp_path):
+    model = adapted(base_dir, "nf4", kind)
+    expected = logits(model)
+    plain = model.merge_and_unload()
+    assert not layers(plain) and type(plain.model.layers[0].mlp.up_proj) is nn.Linear
+    assert torch.allclose(logits(plain), expected, atol=1e-4)

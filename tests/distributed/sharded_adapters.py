@@ -1,0 +1,56 @@
+"""Adapters under `fully_shard`, without a trainer, against one process: gradients, one SGD step, merging and back."""
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import distribute_tensor as distribute
+
+from tests.adapters import life
+
+
+def full(tensor):
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def stepped(model, ids):
+    """Gradients of the trained parameters, and the loss, before one step of SGD."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    gradients = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    return gradients
+
+
+def values(model):
+    return {n: full(p) for n, p in model.named_parameters()}
+
+
+def sharded_adapter(world, folder, kind):
+    torch.manual_seed(0)
+    ids = torch.randint(1, 24, (4, 8))
+    one, two = life.adapted(kind).train(), life.adapted(kind).train()
+    gradients = stepped(one, ids)
+
+    mesh = init_device_mesh("cpu", (2,))
+    for block in two.base_model.model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(two, mesh=mesh)
+    found = {
+        "sharded": all(isinstance(p, DTensor) for p in two.parameters()),
+        "expected": {"gradients": gradients, "stepped": values(one)},
+    }
+    rank = mesh.get_local_rank()
+    found["found"] = {"gradients": stepped(two, ids[2 * rank : 2 * rank + 2]), "stepped": values(two)}
+    # From equal adapters, so that only merging is compared.
+    with torch.no_grad():
+        for (_, p), q in zip(two.named_parameters(), one.parameters()):
+            p.copy_(distribute(q.detach(), p.device_mesh, p.placements))
+    one.merge_adapter(), two.merge_adapter()
+    found["expected"]["merged"], found["found"]["merged"] = values(one), values(two)
+    found["forward_merged"] = (two(input_ids=ids).logits - one(input_ids=ids).logits).abs().max().item()
+    one.unmerge_adapter(), two.unmerge_adapter()
+    found["expected"]["unmerged"], found["found"]["unmerged"] = values(one), values(two)
+    found["forward"] = (two(input_ids=ids).logits - one(input_ids=ids).logits).abs().max().item()
+    return found
