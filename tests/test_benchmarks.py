@@ -1,6 +1,7 @@
 """The benchmarks run, and their figures are consistent; their numbers stand in the docs."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -51,3 +52,34 @@ def test_shares_of_a_step_add_up(playground, tmp_path):
     profile.runcall(trainer.train)
     stats = pstats.Stats(profile)
     assert module._own_seconds(stats.stats)[0] == pytest.approx(stats.total_tt, rel=0.05)
+
+
+def test_bytes_of_a_linear_layer(monkeypatch):
+    """Peak and saved bytes against what a product of known sizes allocates and keeps."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = load("timing")
+    weight, x = torch.randn(300, 200), torch.randn(100, 200)
+    assert module.saved_bytes(lambda x: torch.nn.functional.linear(x, weight).sin().sin(), x) == 2 * 4 * 100 * 300
+    weight.requires_grad_()
+    assert module.saved_bytes(lambda x: torch.nn.functional.linear(x, weight), x) == 4 * 100 * 200
+    # The square is let go before the sum is made: of 300 x 200, two exist at the most.
+    square_then_double = module.Case(lambda: weight.detach().square().sum(0).expand(300, 200).contiguous().mul(2))
+    assert module.peak_bytes(square_then_double, "cpu") == pytest.approx(2 * 4 * 300 * 200, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_table_of_adapters_has_every_row(monkeypatch, tmp_path, capsys):
+    """Sizes are tiny and times worth nothing, but bytes and pivots are what they are."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = load("adapters")
+    with_peer = importlib.util.find_spec("scipy") is not None
+    groups = [name for name in module.GROUPS if name != "selection" or with_peer]
+    module.main(["--quick", "--out", str(tmp_path), "--only", *groups])
+    rows = json.loads((tmp_path / "speed.json").read_text())
+    assert len(rows) == len([row for row in module.ROWS if row.group in groups])
+    assert all(0 < row["q25"] <= row["median"] <= row["q75"] for row in rows)
+    saved = {row["ours"]: row["median"] for row in rows if row["kind"] == "saved"}
+    assert saved["PMSS"] == 1 < saved["PEFT LoRA"]
+    assert not with_peer or "16 of 16 pivots" in next(row["note"] for row in rows if row["group"] == "selection")
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+    assert capsys.readouterr().out.count("\n|") == len(rows) + 2

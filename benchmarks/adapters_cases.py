@@ -1,0 +1,273 @@
+"""What `adapters.py` measures: layers, models and functions, ours beside PEFT's."""
+
+import os
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+
+import torch
+from peft import LoraConfig, MissConfig, get_peft_model
+from timing import Case, nothing
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from hf_delta import BoneConfig, EdoraConfig, PmssConfig, disable_fast_dora, enable_fast_dora
+from hf_delta.adapters.dora import reuse_dora_norms
+from hf_delta.adapters.pmss.selection import greedy_pivots
+
+
+@dataclass(frozen=True)
+class Sizes:
+    features: int = 2048
+    tokens: tuple[int, int] = (4, 128)
+    decoded: tuple[int, int] = (8, 1)
+    r: int = 16
+    skeleton: int = 64
+    pivots: int = 128
+    large: int = 4096
+    llama: tuple[int, int, int, int] = (4, 512, 1408, 8192)  # layers, hidden, MLP, vocabulary
+    decode_steps: int = 16
+
+
+FULL = Sizes()
+QUICK = replace(FULL, features=128, tokens=(2, 16), r=8, skeleton=16, pivots=16, large=192, llama=(1, 64, 128, 256))
+
+
+@dataclass
+class Group:
+    """Cases that are measured in the same rounds.
+
+    Args:
+        forwards: forward passes and their inputs, for those whose saved bytes are a row.
+        peaks: whether the rows have peaks.
+        bytes: sizes that are known, as peers.
+        note: what else is to be said of the rows.
+    """
+
+    cases: dict[str, Case]
+    forwards: dict[str, tuple[Callable, torch.Tensor]] = field(default_factory=dict)
+    peaks: bool = False
+    bytes: dict[str, int] = field(default_factory=dict)
+    note: str = ""
+
+
+class Layers:
+    """Adapted linear layers over one and the same frozen weight."""
+
+    def __init__(self, sizes: Sizes, device: str):
+        torch.manual_seed(0)
+        self.sizes, self.device = sizes, device
+        self.base = nn.Linear(sizes.features, sizes.features, bias=False, device=device).requires_grad_(False)
+
+    def adapted(self, config) -> nn.Module:
+        linear = nn.Linear(*self.base.weight.shape, bias=False, device="meta")
+        linear.weight = self.base.weight
+        config.target_modules = {"linear"}
+        model = get_peft_model(nn.ModuleDict({"linear": linear}), config)
+        return trained(model).base_model.model["linear"]
+
+    def lora(self, **options) -> nn.Module:
+        return self.adapted(LoraConfig(r=self.sizes.r, lora_alpha=self.sizes.r, **options))
+
+    def train(self, layer: nn.Module, prepare: Callable = lambda x: None) -> Case:
+        """Forward and backward pass, with the gradient of the input."""
+        x = torch.randn(*self.sizes.tokens, self.sizes.features, device=self.device, requires_grad=True)
+        gradient = torch.randn_like(x)
+
+        def before():
+            x.grad = None
+            layer.zero_grad(set_to_none=True)
+            prepare(x)
+
+        # The output itself is let go, as most that follows a linear layer does: keeping it is on the layer's account.
+        return Case(lambda: torch.autograd.backward(get_gradient_edge(layer(x)), gradient), before)
+
+    def decode(self, layer: nn.Module, switch: Callable = nothing) -> Case:
+        """Some tokens one after the other, as `generate` calls a layer that it has called before."""
+        x = torch.randn(*self.sizes.decoded, self.sizes.features, device=self.device)
+        layer.eval()
+
+        def run(steps=self.sizes.decode_steps):
+            with torch.no_grad(), reuse_dora_norms():
+                for _ in range(steps):
+                    layer(x)
+
+        def before():
+            switch()
+            run(steps=1)
+
+        return Case(run, before)
+
+
+def trained(model: nn.Module) -> nn.Module:
+    """Adapters moved away from where they start, where some of their tensors are zeros."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+    return model
+
+
+def dora(sizes: Sizes, device: str) -> Group:
+    """The norm is taken in the first forward pass after an optimizer step and kept until the next."""
+    layers = Layers(sizes, device)
+    ours = {name: layers.lora(use_dora=True) for name in ("DoRA", "DoRA, norm cached")}
+
+    def fast(layer, stale):
+        optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.0)
+
+        def prepare(x):
+            enable_fast_dora()
+            optimizer.step()
+            layer(x)
+            if stale:
+                optimizer.step()
+
+        return prepare
+
+    cases = {name: layers.train(layer, fast(layer, stale=name == "DoRA")) for name, layer in ours.items()}
+    cases |= {
+        "PEFT LoRA": layers.train(layers.lora()),
+        "PEFT DoRA": layers.train(layers.lora(use_dora=True), lambda x: disable_fast_dora()),
+    }
+    return Group(cases, peaks=True)
+
+
+def decode(sizes: Sizes, device: str) -> Group:
+    layers = Layers(sizes, device)
+    cases = {
+        "base linear": layers.decode(layers.base),
+        "DoRA": layers.decode(layers.lora(use_dora=True), enable_fast_dora),
+        "PEFT LoRA": layers.decode(layers.lora()),
+        "PEFT DoRA": layers.decode(layers.lora(use_dora=True), disable_fast_dora),
+    }
+    return Group(cases)
+
+
+def bone(sizes: Sizes, device: str) -> Group:
+    layers = Layers(sizes, device)
+    cases = {
+        "Bone": layers.train(layers.adapted(BoneConfig(r=sizes.r))),
+        "PEFT MiSS": layers.train(layers.adapted(MissConfig(r=sizes.r))),
+    }
+    return Group(cases, peaks=True)
+
+
+def bat(sizes: Sizes, device: str) -> Group:
+    layers = Layers(sizes, device)
+    cases = {
+        "bat_row": layers.train(layers.adapted(BoneConfig(r=sizes.r, mode="bat_row"))),
+        "bat_col": layers.train(layers.adapted(BoneConfig(r=sizes.r, mode="bat_col"))),
+        "PEFT LoRA": layers.train(layers.lora()),
+        "PEFT bat": layers.train(layers.adapted(MissConfig(r=sizes.r, init_weights="bat"))),
+    }
+    return Group(cases, peaks=True)
+
+
+def pmss(sizes: Sizes, device: str) -> Group:
+    layers = Layers(sizes, device)
+    ours, theirs = layers.adapted(PmssConfig(r=sizes.skeleton)), layers.lora()
+    x = torch.randn(*sizes.tokens, sizes.features, device=device)
+    kept = x[..., 0].numel() * sizes.skeleton * x.element_size()
+    return Group(
+        {"PMSS": layers.train(ours), "PEFT LoRA": layers.train(theirs)},
+        forwards={"PMSS": (ours, x), "PEFT LoRA": (theirs, x)},
+        peaks=True,
+        bytes={"T×k": kept},
+    )
+
+
+def edora(sizes: Sizes, device: str) -> Group:
+    layers = Layers(sizes, device)
+    cases = {
+        "EDoRA": layers.train(layers.adapted(EdoraConfig(r=sizes.r))),
+        "PEFT LoRA": layers.train(layers.lora()),
+    }
+    return Group(cases, peaks=True)
+
+
+def heavy_tailed(size: int, device: str) -> torch.Tensor:
+    """A matrix whose rows and columns differ in scale, as those of trained models do."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.randn(2, size, generator=generator).mul(0.5).exp()
+    return (scales[0][:, None] * torch.randn(size, size, generator=generator) * scales[1]).to(device)
+
+
+def selection(sizes: Sizes, device: str) -> Group:
+    """Pivoted QR stopped after `k` columns, against LAPACK's, which knows no stop."""
+    weight = heavy_tailed(sizes.features, device)
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    from scipy.linalg import qr
+
+    matrix, k = weight.cpu().numpy(), sizes.pivots
+    cases = {
+        "PMSS": Case(lambda: greedy_pivots(weight.T, k)),
+        "geqp3": Case(lambda: qr(matrix, mode="r", pivoting=True, check_finite=False)),
+    }
+    theirs = torch.from_numpy(cases["geqp3"].run()[1][:k])
+    same = (cases["PMSS"].run().cpu() == theirs).sum()
+    return Group(cases, note=f"{same} of {k} pivots the same, in order")
+
+
+def large_selection(sizes: Sizes, device: str) -> Group:
+    weight = heavy_tailed(sizes.large, device)
+    return Group({"PMSS": Case(lambda: greedy_pivots(weight.T, sizes.pivots))})
+
+
+def model(sizes: Sizes, device: str) -> Group:
+    """Decoding steps of a whole model with a cache of keys and values; every linear layer of its blocks is adapted."""
+    layers, hidden, mlp, vocabulary = sizes.llama
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        vocab_size=vocabulary,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 32,
+    )
+    base = LlamaForCausalLM(config).to(device).eval()
+    r, common = sizes.r, {"target_modules": "all-linear"}
+    configs = {
+        "PEFT LoRA": LoraConfig(r=r, **common),
+        "PEFT DoRA": LoraConfig(r=r, use_dora=True, **common),
+        "DoRA": LoraConfig(r=r, use_dora=True, **common),
+        "Bone": BoneConfig(r=r, **common),
+        "row": BoneConfig(r=r, mode="row", **common),
+        "mini": BoneConfig(r=r, mode="mini", mini_r=r, **common),
+        "bat_row": BoneConfig(r=r, mode="bat_row", **common),
+        "PMSS": PmssConfig(r=sizes.skeleton, **common),
+        "EDoRA": EdoraConfig(r=r, **common),
+        "bat_col, merged": BoneConfig(r=r, mode="bat_col", **common),
+    }
+    models = {name: trained(get_peft_model(deepcopy(base), config)).eval() for name, config in configs.items()}
+    models["bat_col, merged"].merge_adapter()
+    switches = {"DoRA": enable_fast_dora, "PEFT DoRA": disable_fast_dora}
+    cases = {name: _decoding(model, sizes, switches.get(name)) for name, model in {"merged": base, **models}.items()}
+    return Group(cases)
+
+
+def _decoding(model: nn.Module, sizes: Sizes, switch: Callable | None) -> Case:
+    batch, vocabulary = sizes.decoded[0], sizes.llama[-1]
+    prompt = torch.randint(vocabulary, (batch, 16), device=model.device)
+    token = prompt[:, :1].clone()
+    state = {}
+
+    @torch.no_grad()
+    def before():
+        if switch is not None:
+            switch()
+        state["cache"] = model(prompt, past_key_values=DynamicCache(config=model.config)).past_key_values
+
+    def run():
+        with torch.no_grad(), reuse_dora_norms():
+            for _ in range(sizes.decode_steps):
+                model(token, past_key_values=state["cache"])
+
+    return Case(run, before)
+
+
+GROUPS: dict[str, Callable[[Sizes, str], Group]] = {
+    build.__name__: build for build in (dora, decode, bone, bat, pmss, selection, large_selection, edora, model)
+}
