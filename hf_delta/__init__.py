@@ -23,6 +23,7 @@ _PUBLIC = {
     "InputError": "hf_delta.errors",
     "PmssConfig": "hf_delta.adapters",
     "RolloutBatch": "hf_delta.rl.weights",
+    "to_lora": "hf_delta.adapters.export",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604

@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     _add_eval(commands)
+    _add_export(commands)
 
     plot = _command(commands, "plot", _plot, "draw the curves of a run")
     plot.add_argument("run_dir", help="output_dir of a run")
@@ -82,6 +83,37 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--device", help="(default: cuda if there is one, else cpu)")
     parser.add_argument("--out", help="JSON report to write (default: eval.json beside the model)")
     parser.add_argument("--overwrite", action="store_true", help="replace that report if it exists")
+
+
+def _add_export(commands: argparse._SubParsersAction) -> None:
+    parser = _command(
+        commands, "export", _export, "write an adapter as a plain LoRA for vLLM, or merged into its base"
+    )
+    parser.add_argument("--adapter", required=True, help="directory of the adapter")
+    parser.add_argument("--base", help="directory or hub id of its base model (default: the one that it names)")
+    parser.add_argument("--format", required=True, choices=["lora", "merged"], help="what to write")
+    parser.add_argument("--out", required=True, help="directory to write; new, or empty")
+    parser.add_argument(
+        "--rank", type=int, help="lora: largest rank, rounded up to vLLM's list (default: the adapter's)"
+    )
+    parser.add_argument(
+        "--max-error", type=float, help="lora: refuse if a module leaves out more of its change than this"
+    )
+    parser.add_argument(
+        "--dora", action="store_true", help="lora: write DoRA and EDoRA exactly, which vLLM does not take"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="(default: float32; merged: that of each weight)"
+    )
+    boolean = argparse.BooleanOptionalAction
+    parser.add_argument(
+        "--load-in-4bit", action=boolean, help="base was loaded so for training (default: see run.json)"
+    )
+    parser.add_argument(
+        "--load-in-8bit", action=boolean, help="base was loaded so for training (default: see run.json)"
+    )
+    parser.add_argument("--bnb-4bit-quant-type", default="nf4", choices=["nf4", "fp4"], help="(default: %(default)s)")
+    parser.add_argument("--use-bnb-nested-quant", action="store_true", help="the scales were quantised too")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -145,6 +177,12 @@ def _eval(arguments: argparse.Namespace) -> None:
     report.save(out, overwrite=arguments.overwrite)
     Console().print(report.table())
     print(f"Report in {out}")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from hf_delta.run.export import export
+
+    export(arguments)
 
 
 def _report_path(arguments: argparse.Namespace) -> Path:

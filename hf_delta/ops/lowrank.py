@@ -12,7 +12,7 @@ _SPECTRAL_STEPS = 20
 
 
 def truncated_svd(
-    matrix: torch.Tensor, rank: int, *, oversampling: int | None = None, power_steps: int = 2, seed: int = 0
+    matrix: torch.Tensor, rank: int, *, oversampling: int | None = None, power_steps: int = 3, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors `B (o, rank)` and `A (rank, i)` of the best approximation of a matrix `(o, i)` in the Frobenius norm.
 
@@ -24,7 +24,7 @@ def truncated_svd(
         matrix (`torch.Tensor`): `(o, i)`; half precision is computed in float32.
         rank (`int`): How many singular vectors to keep. Beyond the smaller side the factors are filled with zeros.
         oversampling (`int`, *optional*): Further columns of the sketch; as many as `rank` by default, and at least 8.
-        power_steps (`int`, *optional*, defaults to `2`): Subspace iterations.
+        power_steps (`int`, *optional*, defaults to `3`): Subspace iterations.
         seed (`int`, *optional*, defaults to `0`): Decides the sketch; random states of the caller are left alone.
     """
     matrix = _wide(matrix)
