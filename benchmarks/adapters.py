@@ -53,8 +53,8 @@ ROWS = [
     Row("train step", "pmss", "PMSS", "PEFT LoRA", 1.00),
     Row("train step, saved activations", "pmss", "PMSS", "T×k", 1.00, "saved"),
     Row("train step, saved activations", "pmss", "PEFT LoRA", "T×k", None, "saved"),
-    Row("selection of columns", "selection", "PMSS", "geqp3", 0.05),
-    Row("selection of columns", "large_selection", "PMSS", "", None, "seconds"),
+    Row("128 columns of 2048²", "selection", "PMSS", "geqp3", 0.05),
+    Row("128 columns of 4096²", "large_selection", "PMSS", "", None, "seconds"),
     Row("train step", "edora", "EDoRA", "PEFT LoRA", 1.10),
     *(
         Row("4-layer Llama, decode", "model", name, "merged", target)

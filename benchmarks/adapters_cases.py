@@ -27,7 +27,7 @@ class Sizes:
     pivots: int = 128
     large: int = 4096
     llama: tuple[int, int, int, int] = (4, 512, 1408, 8192)  # layers, hidden, MLP, vocabulary
-    decode_steps: int = 16
+    decode_steps: int = 8
 
 
 FULL = Sizes()

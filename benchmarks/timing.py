@@ -57,6 +57,7 @@ def interleaved(cases: dict[str, Case], rounds: int, device: str, seed: int = 0)
     for _ in range(rounds):
         generator.shuffle(order)
         totals = dict.fromkeys(order, 0.0)
+        gc.collect()
         for name in order + order[::-1]:
             totals[name] += _sample(cases[name], device)
         for name, total in totals.items():
@@ -66,7 +67,6 @@ def interleaved(cases: dict[str, Case], rounds: int, device: str, seed: int = 0)
 
 def _sample(case: Case, device: str) -> float:
     case.before()
-    gc.collect()
     gc.disable()
     try:
         return (_cuda_seconds if device == "cuda" else _cpu_seconds)(case)
