@@ -13,6 +13,7 @@ from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer
 from hf_delta._compat.reference import REFERENCE, ReferenceRepair, copy_adapter, has_reference
 from hf_delta._compat.trl import DPOHooks, GRPOHooks
 from hf_delta.errors import InputError
+from tests.adapters.life import KINDS, config_of
 from tests.rl.frozen import build_world, frozen_reward
 
 
@@ -36,7 +37,10 @@ COPIED_BY_US = {
     "shira": lambda: peft.ShiraConfig(**ALL),
     "randlora": lambda: peft.RandLoraConfig(**ALL),
 }
-ADAPTERS = {**COPIED_BY_TRL, **COPIED_BY_US}
+# Ours keep each weight in a module of its own, so that TRL's copy of names is right too; what is not trained, a second
+# adapter of the same configuration takes from the first.
+OURS = {kind: lambda kind=kind: config_of(kind, r=4) for kind in KINDS}
+ADAPTERS = {**COPIED_BY_TRL, **COPIED_BY_US, **OURS}
 
 ROWS = [{"prompt": f"{i}+{i}:", "chosen": f"{2 * i}", "rejected": f"{3 * i + 1}"} for i in range(1, 5)]
 SETTINGS = {
@@ -66,6 +70,10 @@ def trained(world, config):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+        adapted = model(tokens()).logits
+        with model.disable_adapter():
+            # Otherwise the base model would pass for the reference.
+            assert (model(tokens()).logits - adapted[:, -10:]).abs().max() > 1e-2
     return model
 
 
@@ -95,6 +103,12 @@ def test_first_dpo_loss_is_log_2(world, tmp_path, method):
     assert first_loss(trainer) == pytest.approx(math.log(2), abs=1e-6)
 
 
+@pytest.mark.parametrize("method", OURS)
+def test_ours_need_no_repair(world, tmp_path, method):
+    trainer = dpo(trl.DPOTrainer, world, trained(world, ADAPTERS[method]()), tmp_path)
+    assert first_loss(trainer) == pytest.approx(math.log(2), abs=1e-6)
+
+
 @pytest.mark.parametrize("method", ["miss", "vera", "loha"])
 def test_first_dpo_loss_of_trl_is_not(world, tmp_path, method):
     """If this fails, TRL has repaired its copy: then hf_delta/_compat/reference.py can go."""
@@ -102,7 +116,7 @@ def test_first_dpo_loss_of_trl_is_not(world, tmp_path, method):
     assert abs(first_loss(trainer) - math.log(2)) > 1e-4
 
 
-@pytest.mark.parametrize("method", ["dora", "miss", "vera"])
+@pytest.mark.parametrize("method", ["dora", "miss", "vera", "pmss", "edora"])
 def test_an_adapter_loaded_from_disk(world, tmp_path, method):
     trained(world, ADAPTERS[method]()).save_pretrained(tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(world)
@@ -117,7 +131,7 @@ def test_log_probabilities_computed_in_advance_are_those_of_the_copy(world, tmp_
     assert first_loss(trainer) == pytest.approx(math.log(2), abs=1e-6)
 
 
-@pytest.mark.parametrize("method", ["lora", "miss"])
+@pytest.mark.parametrize("method", ["lora", "miss", "pmss", "bat_row", "edora"])
 def test_first_kl_of_grpo_is_0(world, tmp_path, method):
     def first_kl(cls, config_cls):
         args = config_cls(
@@ -132,7 +146,7 @@ def test_first_kl_of_grpo_is_0(world, tmp_path, method):
         return trainer.state.log_history[0]["kl"]
 
     assert first_kl(DeltaGRPOTrainer, DeltaGRPOConfig) == pytest.approx(0.0, abs=1e-7)
-    if method not in COPIED_BY_TRL:
+    if method in COPIED_BY_US:
         assert first_kl(trl.GRPOTrainer, trl.GRPOConfig) > 1e-4
 
 
