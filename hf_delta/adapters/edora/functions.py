@@ -9,6 +9,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from hf_delta.ops.lowrank import truncated_svd
 from hf_delta.ops.norms import widened
 
 
@@ -22,8 +23,8 @@ SMALLEST_MAGNITUDE = 1e-20
 def top_factors(weight: torch.Tensor, r: int, svd: str, niter: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The first `r` left singular vectors `U` of a weight, and `A = U^T W`, which is `S_r V_r^T`.
 
-    `"full"` is LAPACK's SVD. `"lowrank"` takes `niter` power iterations on a random sketch of `r + 10` columns drawn on
-    the CPU from `seed`; `A = U^T W` holds as exactly as for the full one, and `U` spans nearly the same space.
+    `"full"` is LAPACK's SVD. `"lowrank"` takes `niter` power iterations on a random sketch of `r + 10` columns drawn from
+    `seed`; `A = U^T W` holds as exactly as for the full one, and `U` spans nearly the same space.
 
     Args:
         weight: `(o, i)`.
@@ -33,20 +34,13 @@ def top_factors(weight: torch.Tensor, r: int, svd: str, niter: int, seed: int) -
     """
     weight = weight.to(widened(weight.dtype))
     if svd == "full":
-        left = torch.linalg.svd(weight, full_matrices=False)[0]
+        left = torch.linalg.svd(weight, full_matrices=False)[0][:, :r]
     else:
-        left = _sketched_left_vectors(weight, min(r + OVERSAMPLING, *weight.shape), niter, seed)
-    left = left[:, :r].contiguous()
+        scaled = truncated_svd(weight, r, oversampling=OVERSAMPLING, power_steps=niter, seed=seed)[0]
+        # Its columns are orthogonal already: this gives them length 1, also where a singular value is 0.
+        left = torch.linalg.qr(scaled)[0]
+    left = left.contiguous()
     return left, left.T @ weight
-
-
-def _sketched_left_vectors(weight: torch.Tensor, columns: int, niter: int, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    sketch = torch.randn(weight.shape[1], columns, generator=generator).to(weight)
-    basis = torch.linalg.qr(weight @ sketch)[0]
-    for _ in range(niter):
-        basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ basis)[0])[0]
-    return basis @ torch.linalg.svd(basis.T @ weight, full_matrices=False)[0]
 
 
 @torch.no_grad()
@@ -55,8 +49,8 @@ def changed_row_norms(
 ) -> torch.Tensor:
     """Norm of each row of `W + C A` for a change `C` in the space of `A`, without `W`; `o r^2` operations.
 
-    `n_i^2 = ||W_i||^2 + <C_i, 2 (W A^T)_i + (C A A^T)_i>`. With `C = 0` it returns `norms` bit for bit, because the root
-    of a square that was rounded once is the number itself.
+    `n_i^2 = ||W_i||^2 + q_i`, `q_i = <C_i, 2 (W A^T)_i + (C A A^T)_i>`. With `C = 0` it returns `norms` bit for bit: what
+    is computed is `||W_i|| + q_i / (n_i + ||W_i||)`, because the root of a square need not be the number itself.
 
     Args:
         norms: `||W_i||`, `(o,)`, float32 or wider.
@@ -64,8 +58,9 @@ def changed_row_norms(
         gram: `A A^T`, `(r, r)`.
         change: `C = s U R`, `(o, r)`.
     """
-    squares = torch.addmm(cross, change, gram).mul_(change).sum(dim=1)
-    return squares.add_(norms.square()).clamp_(min=0).sqrt_()
+    grown = torch.addmm(cross, change, gram).mul_(change).sum(dim=1)
+    twice = torch.addcmul(grown, norms, norms).clamp_(min=0).sqrt_().add_(norms)
+    return grown.div_(twice.clamp_(min=torch.finfo(twice.dtype).tiny)).add_(norms).clamp_(min=0)
 
 
 def as_divisor(norms: torch.Tensor) -> torch.Tensor:
