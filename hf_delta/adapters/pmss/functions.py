@@ -74,10 +74,10 @@ class PmssFunction(Function):
 
 def pmss_linear(x, weight, bias, core, rows, factor, scaling) -> tuple[torch.Tensor, torch.Tensor]:
     """The output `(T, o)` of [`PmssFunction`] and `z`, `(T, k)`, without autograd."""
-    y = x @ weight.T
+    y = F.linear(x, weight)
     z = y.index_select(1, rows)
     # The bias comes last: taken out of a sum again, it would cost digits.
-    y.addmm_(z @ core.to(z.dtype).T, factor.T, alpha=scaling)
+    y.addmm_(F.linear(z, core.to(z.dtype)), factor.T, alpha=scaling)
     return (y if bias is None else y.add_(bias)), z
 
 

@@ -140,8 +140,9 @@ class PmssLinear(DeltaLinear):
         if bool((rows == -1).all()) and bool((columns == -1).all()):
             if bool(self.core(adapter).any()):
                 raise InputError(
-                    f"{self.path}, adapter {adapter!r}: there is a core but there are no indices, which are saved as hfd_pmss_rows and "
-                    "hfd_pmss_columns; the file is not complete, save the adapter again with save_pretrained."
+                    f"{self.path}, adapter {adapter!r}: there is a core but there are no indices, which are saved as "
+                    "hfd_pmss_rows and hfd_pmss_columns; the file is not complete, save the adapter again with "
+                    "save_pretrained."
                 )
             # Made for inference and never loaded: the start of a new adapter.
             with torch.inference_mode(False):
@@ -159,8 +160,8 @@ class PmssLinear(DeltaLinear):
     def _check_range(self, adapter: str, name: str, indices: torch.Tensor, size: int) -> None:
         if int(indices.min()) < 0 or int(indices.max()) >= size:
             raise InputError(
-                f"{self.path}, adapter {adapter!r}: {name} goes from {int(indices.min())} to {int(indices.max())}, and a "
-                f"{self.out_features}x{self.in_features} weight has 0 to {size - 1}; the file is broken or belongs to "
+                f"{self.path}, adapter {adapter!r}: {name} goes from {int(indices.min())} to {int(indices.max())}, and "
+                f"a {self.out_features}x{self.in_features} weight has 0 to {size - 1}; the file is broken or belongs to "
                 "another model."
             )
 
@@ -170,9 +171,9 @@ class PmssLinear(DeltaLinear):
         distance = probes_distance(saved[3:], found)
         if not distance <= allowed:
             raise InputError(
-                f"{self.path}, adapter {adapter!r}: the selected rows and columns of a {self.out_features}x{self.in_features} weight "
-                f"are not those that the adapter was trained with; they differ by {distance:.2g} of their size, where "
-                f"rounding explains {allowed}. Load it on the base model that adapter_config.json names, in the same "
+                f"{self.path}, adapter {adapter!r}: the selected rows and columns of a "
+                f"{self.out_features}x{self.in_features} weight are not those that the adapter was trained with; they "
+                f"differ by {distance:.2g} of their size, where rounding explains {allowed}. Load it on the base model that adapter_config.json names, in the same "
                 "revision, or export it as LoRA, which carries its own numbers."
             )
 
@@ -223,8 +224,8 @@ class PmssLinear(DeltaLinear):
         if self.training and self.hfd_pmss_settings[adapter].dropout:
             return None
         core, rows = self.core(adapter), self.hfd_pmss_rows[adapter]
-        columns = self.gathered(adapter, x.dtype).columns
-        scaling, tokens = self.hfd_pmss_scaling[adapter], x.reshape(-1, x.shape[-1])
+        columns, scaling = self.gathered(adapter, x.dtype).columns, self.hfd_pmss_scaling[adapter]
+        tokens = x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled() and (x.requires_grad or core.requires_grad):
             indices = self.hfd_pmss_columns[adapter]
             output = PmssFunction.apply(tokens, weight, bias, core, rows, indices, columns, scaling)
@@ -234,31 +235,31 @@ class PmssLinear(DeltaLinear):
 
     def gathered(self, adapter: str, dtype: torch.dtype) -> Gathered:
         """The columns, and the rows where they are needed, copied once: a column is scattered over the whole weight."""
-        source = (self.weight_key(), dtype, self.reads_output)
-        key = (source, *map(_identity, (self.hfd_pmss_rows[adapter], self.hfd_pmss_columns[adapter])))
+        source = self._source(adapter, dtype)
         held = self.hfd_pmss_gathered.get(adapter)
-        if held is None or held.source != key:
+        if held is None or held.source != source:
             # Copies made in inference mode could not be used in training.
             with torch.inference_mode(False), torch.no_grad():
-                held = self._shared(adapter, source, key) or self._gather(adapter, dtype, key)
+                held = self._shared(adapter, dtype, source) or self._gather(adapter, dtype, source)
             self.hfd_pmss_gathered[adapter] = held
         return held
 
-    def _gather(self, adapter: str, dtype: torch.dtype, key: Hashable) -> Gathered:
+    def _source(self, adapter: str, dtype: torch.dtype) -> Hashable:
+        rows, columns = self.hfd_pmss_rows[adapter], self.hfd_pmss_columns[adapter]
+        indices = rows.data_ptr(), write_count(rows), columns.data_ptr(), write_count(columns)
+        return self.weight_key(), dtype, indices
+
+    def _gather(self, adapter: str, dtype: torch.dtype, source: Hashable) -> Gathered:
         weight = self.original_weight()
         columns = weight.index_select(1, self.hfd_pmss_columns[adapter]).to(dtype)
         rows = None if self.reads_output else weight.index_select(0, self.hfd_pmss_rows[adapter]).to(dtype)
-        return Gathered(key, columns, rows)
+        return Gathered(source, columns, rows)
 
-    def _shared(self, adapter: str, source: Hashable, key: Hashable) -> Gathered | None:
+    def _shared(self, adapter: str, dtype: torch.dtype, source: Hashable) -> Gathered | None:
         """What another adapter with the same indices holds: a policy and its reference need one copy."""
         own = self.hfd_pmss_rows[adapter], self.hfd_pmss_columns[adapter]
         for other, held in self.hfd_pmss_gathered.items():
             its = self.hfd_pmss_rows[other], self.hfd_pmss_columns[other]
-            if held.source == (source, *map(_identity, its)) and all(map(torch.equal, own, its)):
-                return Gathered(key, held.columns, held.rows)
+            if held.source == self._source(other, dtype) and all(map(torch.equal, own, its)):
+                return Gathered(source, held.columns, held.rows)
         return None
-
-
-def _identity(tensor: torch.Tensor) -> Hashable:
-    return tensor.data_ptr(), write_count(tensor)
