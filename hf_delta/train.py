@@ -6,6 +6,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import datasets
@@ -15,6 +16,7 @@ from transformers import AutoConfig, ProgressCallback, Trainer
 from trl import get_quantization_config
 
 from hf_delta._compat.transformers import load_checkpoint
+from hf_delta.adapters.dora import fast_dora
 from hf_delta.checkpoint import steps_of
 from hf_delta.data import CACHE, load_eval_rows, load_train_rows
 from hf_delta.errors import InputError
@@ -22,6 +24,7 @@ from hf_delta.evaluation import Report
 from hf_delta.playground import build_playground
 from hf_delta.plot import plot_run
 from hf_delta.recipe import Recipe, load_recipe
+from hf_delta.recipe.peft import wants_fast_dora
 from hf_delta.recipe.rewards import resolve_reward
 from hf_delta.run.card import absolute, write_card
 from hf_delta.run.console import announce, console, fail, is_main_process
@@ -69,6 +72,11 @@ def run(recipe: Recipe) -> Path:
         `InputError`: anything wrong with the recipe, its data, or its output directory; nothing was lost.
     """
     _set_up_logging()
+    with fast_dora() if wants_fast_dora(recipe.values) else nullcontext():
+        return _run(recipe)
+
+
+def _run(recipe: Recipe) -> Path:
     rewards = [resolve_reward(entry) for entry in recipe.run.reward_funcs or []]
     judge = evaluation_reward(recipe, rewards)
     checkpoint = on_main(check_output_dir, recipe)

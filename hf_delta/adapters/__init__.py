@@ -5,10 +5,17 @@ adapter takes them.
 """
 
 from hf_delta._compat.peft import register_method
+from hf_delta.adapters.bone import BoneConfig, BoneModel
+from hf_delta.adapters.edora import EdoraConfig, EdoraModel
+from hf_delta.adapters.pmss import PmssConfig, PmssModel
 
 
 # What a recipe calls `method`, and its classes. PEFT's name of a method is this one with "hfd_" before it.
-ADAPTERS: dict[str, tuple[type, type]] = {}
+ADAPTERS = {
+    "bone": (BoneConfig, BoneModel),
+    "edora": (EdoraConfig, EdoraModel),
+    "pmss": (PmssConfig, PmssModel),
+}
 
 for _name, (_config, _model) in ADAPTERS.items():
     register_method(f"hfd_{_name}", _config, _model)

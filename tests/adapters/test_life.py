@@ -52,27 +52,29 @@ def test_only_the_adapter_is_trained(kind):
 
 @every_kind
 def test_gradients_are_those_of_the_changed_weight(kind):
-    """Brute force: the model with every weight replaced by `W + delta_weight`, differentiated by autograd."""
-    model = adapted(kind).double()
-    expected = {}
+    """Finite differences of `(W + delta_weight) x`, along a random direction of the adapter and the input."""
+    if kind == "edora":
+        pytest.skip("takes the norm as a constant, so its gradient is no derivative: see test_edora.py")
+    generator = torch.Generator().manual_seed(3)
 
-    def dense_forward(layer, x):
-        delta = layer.delta_weight("default", layer.original_weight())
-        return nn.functional.linear(x, layer.original_weight() + delta, layer.base_bias)
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    loss = model(input_ids=IDS, labels=IDS).loss
-    loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    for layer in layers(model):
-        layer.forward = dense_forward.__get__(layer)
-    dense = model(input_ids=IDS, labels=IDS).loss
-    dense.backward()
-    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    assert loss.item() == pytest.approx(dense.item(), abs=1e-10)
-    assert found.keys() == expected.keys() and found
-    for name, gradient in expected.items():
-        assert (found[name] - gradient).abs().max() < 1e-9, name
+    for layer in layers(adapted(kind).double())[:7]:
+        x, onto = random(2, 3, layer.in_features).requires_grad_(), random(2, 3, layer.out_features)
+        trained = [x, *(p for p in layer.parameters() if p.requires_grad)]
+        (layer(x) * onto).sum().backward()
+        direction = [random(*p.shape) for p in trained]
+        slope = sum((p.grad * d).sum() for p, d in zip(trained, direction)).item()
+        found, step = [], 1e-4
+        with torch.no_grad():
+            for sign in (step, -2 * step):
+                for p, d in zip(trained, direction):
+                    p.add_(d, alpha=sign)
+                weight = layer.original_weight()
+                weight = weight + layer.delta_weight("default", weight)
+                found.append((nn.functional.linear(x, weight, layer.base_bias) * onto).sum().item())
+        assert abs(slope) > 1e-2 and (found[0] - found[1]) / (2 * step) == pytest.approx(slope, rel=1e-6)
 
 
 @every_kind
@@ -201,7 +203,7 @@ def test_a_tied_weight_stays_tied(kind):
 
 @every_kind
 def test_saved_and_loaded_it_is_the_same(kind, tmp_path, base_dir):
-    model = adapted(kind, loaded(base_dir), modules_to_save=["norm"])
+    model = adapted(kind, loaded(base_dir), modules_to_save=["model.norm"])
     with torch.no_grad():
         model.base_model.model.model.norm.modules_to_save["default"].weight.mul_(1.5)
     expected = logits(model)
@@ -255,7 +257,7 @@ def test_a_fresh_process_needs_the_import_and_says_so(tmp_path, base_dir):
         "for folder in sys.argv[2:]:\n"
         "    try:\n"
         "        found = AutoPeftModelForCausalLM.from_pretrained(folder)(input_ids=ids).logits\n"
-        "        print('same' if torch.equal(found, torch.load(folder + '.pt')) else 'different')\n"
+        "        print('same' if torch.allclose(found, torch.load(folder + '.pt'), atol=1e-6) else 'different')\n"
         "    except KeyError as error:\n"
         "        print('KeyError', error)\n"
     )

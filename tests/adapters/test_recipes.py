@@ -49,6 +49,20 @@ def test_every_method_trains_under_every_trainer(tmp_path, playground, name, tra
     assert ("import hf_delta" in card and "hf-delta export" in card) == (name != "dora")
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, playground, name):
+    block = {**METHODS[name], "target_modules": "all-linear"}
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-2}
+    straight = train(tmp_path, keys("sft", playground, tmp_path / "out", peft_config=block, **changes))
+    flags = ["--output_dir", str(tmp_path / "again"), "--resume_from_checkpoint", str(straight / "checkpoint-2")]
+    again = train(tmp_path, keys("sft", playground, tmp_path / "out", peft_config=block, **changes), *flags)
+    assert json.loads((again / "trainer_state.json").read_text())["global_step"] == 4
+    expected, found = (load_file(out / "adapter_model.safetensors") for out in (straight, again))
+    early = load_file(straight / "checkpoint-2" / "adapter_model.safetensors")
+    assert any(not torch.equal(early[n], expected[n]) for n in expected)
+    assert found.keys() == expected.keys() and all(torch.equal(found[n], expected[n]) for n in expected)
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_a_method_goes_by_its_short_name_and_by_its_name_in_peft(tmp_path, playground, name):
     for method in (name, f"hfd_{name}", name.upper()):

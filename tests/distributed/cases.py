@@ -9,7 +9,7 @@ import trl
 from torch.distributed.tensor import DTensor
 
 from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer
-from tests.adapters.life import KINDS
+from tests.adapters.life import DORA, KINDS
 from tests.distributed.fsdp_on_cpu import FSDP2, fsdp_on_cpu
 from tests.distributed.sharded_adapters import sharded_adapter
 from tests.rl.frozen import GENERATIONS, PROMPTS, GradientRecorder, frozen_rollouts
@@ -129,5 +129,5 @@ CASES = {
     "resume": resume,
     "delta_l_fsdp2": under_fsdp2(frozen_gradient),
     "resume_fsdp2": under_fsdp2(resume),
-    **{f"fully_shard_{kind}": partial(sharded_adapter, kind=kind) for kind in KINDS},
+    **{f"fully_shard_{kind}": partial(sharded_adapter, kind=kind) for kind in [*KINDS, *DORA]},
 }

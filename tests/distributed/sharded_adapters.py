@@ -6,6 +6,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import distribute_tensor as distribute
 
+from hf_delta.adapters.dora import fast_dora
 from tests.adapters import life
 
 
@@ -28,6 +29,11 @@ def values(model):
 
 
 def sharded_adapter(world, folder, kind):
+    with fast_dora():
+        return compare(kind)
+
+
+def compare(kind):
     torch.manual_seed(0)
     ids = torch.randint(1, 24, (4, 8))
     one, two = life.adapted(kind).train(), life.adapted(kind).train()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.adapters.life import KINDS
+from tests.adapters.life import DORA, KINDS
 from tests.distributed.cases import FROZEN, LEARNING, ROWS
 from tests.rl.frozen import GENERATIONS, PROMPTS, GradientRecorder, frozen_rollouts
 from tests.rl.test_trainer import assert_identical, build
@@ -63,7 +63,7 @@ def test_two_processes_resume_bit_for_bit_inside_a_window(two_processes, case):
     assert_identical(ranks[0]["resumed"], ranks[1]["resumed"])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *DORA])
 def test_sharded_adapters_are_what_they_are_in_one_process(two_processes, kind):
     for rank in two_processes(f"fully_shard_{kind}"):
         assert rank["sharded"]

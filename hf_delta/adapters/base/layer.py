@@ -245,7 +245,9 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
     def _check_new(self, names: list[str]) -> None:
         for name in [name for name in names if name in self.unchecked]:
             if self.get_base_layer().weight.device.type != "meta":
-                self.check_adapter(name)
+                # Without gradients: under checkpointing, the second forward must save what the first one did.
+                with torch.no_grad():
+                    self.check_adapter(name)
             self.unchecked.discard(name)
 
     def __repr__(self) -> str:

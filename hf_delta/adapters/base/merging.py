@@ -5,6 +5,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from hf_delta._compat.bitsandbytes import dequantised_weight
 from hf_delta.ops.gather import frozen_parameter, full_tensor
 
 
@@ -25,7 +26,7 @@ class MergedWeight:
         """The original weight in the layout of the layer, dequantised and whole; collective where it is sharded."""
         if backend is not None:
             with torch.no_grad():
-                return backend.get_base_weight(self.layer).detach()
+                return dequantised_weight(self.layer, backend).detach()
         if self.shard is None:
             return full_tensor(self.weight)
         weight = self.weight
