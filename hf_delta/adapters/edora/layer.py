@@ -1,12 +1,12 @@
 """A linear layer with EDoRA adapters."""
 
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from hf_delta._compat.peft import BufferDict
-from hf_delta._compat.torch import write_count
 from hf_delta.adapters.base import AdapterWeight, DeltaLinear
 from hf_delta.adapters.edora.config import EdoraConfig
 from hf_delta.adapters.edora.functions import (
@@ -30,7 +30,7 @@ FACTOR_TOLERANCE = 0.3
 class NormConstants(NamedTuple):
     """What the norms of one adapter need of the weight."""
 
-    key: tuple
+    key: Hashable
     cross: torch.Tensor
     gram: torch.Tensor
 
@@ -38,8 +38,8 @@ class NormConstants(NamedTuple):
 class Folded(NamedTuple):
     """One adapter in the form that a forward without gradients takes, and what it was made from."""
 
-    key: tuple
-    trained: tuple[torch.Tensor, ...]
+    key: Hashable
+    trained: list[torch.Tensor]
     right: torch.Tensor
     outer: torch.Tensor
     gain: torch.Tensor | None
@@ -74,6 +74,8 @@ class EdoraLinear(DeltaLinear):
         self.hfd_edora_source: dict[str, tuple] = {}
         self._constants: dict[str, NormConstants] = {}
         self._folds: dict[str, Folded] = {}
+        # Frozen tensors change in one way: they are loaded.
+        self.register_load_state_dict_post_hook(_forget_all)
 
     def add_adapter(self, adapter: str, config: EdoraConfig) -> None:
         """
@@ -102,7 +104,8 @@ class EdoraLinear(DeltaLinear):
         self.hfd_edora_scaling[adapter] = config.alpha / config.r
         self.hfd_edora_dropout[adapter] = config.dropout
         self.hfd_edora_source[adapter] = source
-        self._forget(adapter)
+        self._constants.pop(adapter, None)
+        self._folds.pop(adapter, None)
 
     def _frozen(self, config: EdoraConfig, source: tuple) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """`U`, `A` and the norms of the rows: zeros to be filled from a file, those of an equal adapter, or new ones."""
@@ -123,8 +126,6 @@ class EdoraLinear(DeltaLinear):
             `InputError`: values that are not finite, or factors that are not those of this base weight.
         """
         super().check_adapter(adapter)
-        # It is called after every load: other tensors may have got the addresses of the old ones.
-        self._forget(adapter)
         with torch.no_grad(), _no_autocast(self.hfd_edora_left[adapter]):
             weight = self.original_weight()
             wide = widened(weight.dtype)
@@ -136,10 +137,6 @@ class EdoraLinear(DeltaLinear):
                     f"({self.out_features} x {self.in_features}), so that it was made for another base model, or its file "
                     "is incomplete. Load the base model that adapter_config.json names."
                 )
-
-    def _forget(self, adapter: str) -> None:
-        self._constants.pop(adapter, None)
-        self._folds.pop(adapter, None)
 
     # -- the change -------------------------------------------------------------------------------------------------
     def delta_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
@@ -190,15 +187,17 @@ class EdoraLinear(DeltaLinear):
         Values are compared and not versions, which fused optimizers do not raise. Only on the CPU: elsewhere comparing
         would wait for the device in each layer of each token.
         """
-        key = dtype, *self._frozen_key(adapter)
-        containers = (self.hfd_edora_core, self.hfd_edora_magnitude)
-        trained = tuple(container[adapter].weight for container in containers if adapter in container)
+        key = self.weight_key()
+        trained = [self.hfd_edora_core[adapter].weight]
+        if adapter in self.hfd_edora_magnitude:
+            trained.append(self.hfd_edora_magnitude[adapter].weight)
         known = self._folds.get(adapter)
         if known is not None and known.key == key and all(map(torch.equal, known.trained, trained)):
-            return known
+            if known.right.dtype == dtype:
+                return known
         right, outer = (factor.to(dtype) for factor in self._low_rank(adapter))
-        gain = self._gain(adapter) if adapter in self.hfd_edora_magnitude else None
-        folded = Folded(key, tuple(weight.detach().clone() for weight in trained), right, outer, gain)
+        gain = self._gain(adapter) if len(trained) == 2 else None
+        folded = Folded(key, [weight.detach().clone() for weight in trained], right, outer, gain)
         if right.device.type == "cpu":
             self._folds[adapter] = folded
         return folded
@@ -246,8 +245,8 @@ class EdoraLinear(DeltaLinear):
         return as_divisor(norms)
 
     def _norm_constants(self, adapter: str) -> NormConstants:
-        """`2 W A^T` and `A A^T`, computed again when the weight or `A` is another one."""
-        key = self._frozen_key(adapter)
+        """`2 W A^T` and `A A^T`, computed again when the weight is another one."""
+        key = self.weight_key()
         known = self._constants.get(adapter)
         if known is None or known.key != key:
             right = self.hfd_edora_right[adapter]
@@ -258,12 +257,11 @@ class EdoraLinear(DeltaLinear):
             self._constants[adapter] = known
         return known
 
-    def _frozen_key(self, adapter: str) -> tuple:
-        """Changes when the weight or a frozen tensor of the adapter was moved, exchanged or written."""
-        containers = (self.hfd_edora_left, self.hfd_edora_right, self.hfd_edora_norm)
-        tensors = [container[adapter] for container in containers if adapter in container]
-        return self.weight_key(), *((tensor.data_ptr(), write_count(tensor)) for tensor in tensors)
-
 
 def _no_autocast(tensor: torch.Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
+
+
+def _forget_all(layer: EdoraLinear, incompatible_keys) -> None:
+    layer._constants.clear()
+    layer._folds.clear()
