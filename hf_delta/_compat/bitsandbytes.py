@@ -30,3 +30,22 @@ def dequantised_weight(layer: nn.Module, backend: Any = None) -> torch.Tensor:
     data, unpacked = _convert_weight_packed_for_cpu_inverse(layer.weight.data, unpacked)
     unpacked.absmax = state.absmax.T.reshape(-1).float()
     return dequantize_4bit(data, unpacked)
+
+
+def declare_dense(model: nn.Module) -> None:
+    """Bring the configuration of a quantised model up to date after some of its layers were replaced by dense ones.
+
+    Saved as it was, the model would be loaded with its dense weights put into quantised layers.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    settings = getattr(quantizer, "quantization_config", None)
+    if not hasattr(settings, "llm_int8_skip_modules"):
+        return
+    modules = dict(model.named_modules())
+    dense = [name for name, module in modules.items() if type(module) is nn.Linear]
+    if any(isinstance(module, nn.Linear) and type(module) is not nn.Linear for module in modules.values()):
+        settings.llm_int8_skip_modules = dense
+        model.config.quantization_config = settings
+    else:
+        quantizer.remove_quantization_config(model)
+        model.is_loaded_in_4bit = model.is_loaded_in_8bit = False

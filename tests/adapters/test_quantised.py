@@ -125,12 +125,20 @@ def test_half_precision_computation_over_4_bits(base_dir, kind):
 
 
 @every_kind
-def test_a_merged_and_unloaded_model_has_no_4_bit_layer_under_an_adapter(base_dir, kind):
-    model = adapted(base_dir, "nf4", kind)
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "up_proj"]])
+def test_merged_unloaded_and_saved_it_is_not_quantised_again(base_dir, kind, targets, tmp_path):
+    model = adapted(base_dir, "nf4", kind, target_modules=targets)
     expected = logits(model)
     plain = model.merge_and_unload()
-    assert not layers(plain) and type(plain.model.layers[0].mlp.up_proj) is nn.Linear
-    assert_near(logits(plain), expected, logits(quantised(base_dir, "nf4")))
+    merged = logits(plain)
+    assert not layers(plain)
+    assert_near(merged, expected, logits(quantised(base_dir, "nf4")))
+    plain.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    block = again.model.layers[0]
+    assert type(block.mlp.up_proj) is type(block.self_attn.q_proj) is type(again.lm_head) is nn.Linear
+    assert (type(block.mlp.down_proj) is nn.Linear) == (targets == "all-linear")
+    assert torch.allclose(logits(again), merged, atol=1e-2 if targets != "all-linear" else 1e-6)
 
 
 @pytest.mark.parametrize("bits", ["nf4", "fp4"])

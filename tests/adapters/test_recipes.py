@@ -49,6 +49,21 @@ def test_every_method_trains_under_every_trainer(tmp_path, playground, name, tra
     assert ("import hf_delta" in card and "hf-delta export" in card) == (name != "dora")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo"])
+@pytest.mark.parametrize("name", ["dora", "bat", "pmss", "edora"])
+def test_every_method_trains_over_a_4_bit_model(tmp_path, playground, name, trainer):
+    pytest.importorskip("bitsandbytes")
+    block = {**METHODS[name], "target_modules": "all-linear"}
+    reward = {"reward_funcs": [f"{__name__}.length"]} if trainer == "grpo" else {}
+    out = train(
+        tmp_path, keys(trainer, playground, tmp_path / "out", peft_config=block, load_in_4bit=True, **reward)
+    )
+    assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 2
+    tensors = load_file(out / "adapter_model.safetensors")
+    assert tensors and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_a_resumed_run_goes_on_as_if_never_stopped(tmp_path, playground, name):
     block = {**METHODS[name], "target_modules": "all-linear"}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,6 +14,7 @@ from peft.utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_delta._compat.bitsandbytes import declare_dense
 from hf_delta._compat.peft import TunerHooks
 from hf_delta.adapters.base.config import DeltaAdapterConfig
 from hf_delta.adapters.base.layer import DeltaLinear
@@ -62,6 +63,12 @@ class DeltaModel(TunerHooks):
         finally:
             for layer in layers:
                 layer.mixed_adapters = None
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """PEFT's; of a quantised model, the layers that had an adapter become dense, and its configuration says so."""
+        model = super().merge_and_unload(*args, **kwargs)
+        declare_dense(model)
+        return model
 
     @classmethod
     def check_state(cls, model: nn.Module, adapter_name: str, state: dict[str, torch.Tensor]) -> None:
