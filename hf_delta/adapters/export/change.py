@@ -36,7 +36,8 @@ def exact_factors(layer: BaseTunerLayer, adapter: str) -> Factors | None:
             layer.check_adapter(adapter)
             factors = layer.lora_factors(adapter)
         return None if factors is None else (factors[1].float(), factors[0].float())
-    if isinstance(layer, LoraLayer):
+    # AdaLoRA's layers are a kind of LoRA's with tensors of another meaning.
+    if isinstance(layer, LoraLayer) and isinstance(layer.lora_A, nn.ModuleDict):
         return None if adapter in layer.lora_variant else _lora_factors(layer, adapter)
     if isinstance(layer, MissLayer) and layer.miss_fn != "bat":
         return _miss_factors(layer, adapter)

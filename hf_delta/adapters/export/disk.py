@@ -49,7 +49,7 @@ class BaseWeights:
         self.checkpoint = checkpoint
         self.quantization = asked
         self.parts = parts_of_quantised(checkpoint.files) if check_stored_quantization(config, asked) else {}
-        self.rounded = asked.quantised_modules(copy.deepcopy(model)) if asked else set()
+        self.rounded = asked.quantised_modules(empty_model(checkpoint.folder)) if asked else set()
         self.names = names_in_model(model, checkpoint.files)
         self.tied = _tied_names(model)
         self._keys = {name: key for key, name in self.names.items()}

@@ -52,7 +52,7 @@ class Quantization:
         return functional.dequantize_4bit(codes, state)
 
     def quantised_modules(self, model: PreTrainedModel) -> set[str]:
-        """The layers of a model on the meta device that transformers would quantise; the model is changed."""
+        """The layers of a model that transformers would quantise; the model is changed."""
         _bitsandbytes()
         config = BitsAndBytesConfig(load_in_4bit=self.load_in_4bit, load_in_8bit=self.load_in_8bit)
         AutoHfQuantizer.from_config(config, pre_quantized=False).preprocess_model(model=model, device_map=None)
