@@ -8,6 +8,7 @@ import importlib.metadata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import register_peft_method
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
@@ -138,14 +140,29 @@ class TunerHooks(BaseTuner):
         if adapter_names is None:
             yield
             return
+        names = list(adapter_names)
         beams = (kwargs.get("num_beams") or 1) * (kwargs.get("num_return_sequences") or 1)
-        with self.mixed_batch(list(adapter_names), beams):
-            yield
+        # Modules that are trained whole have a copy for each adapter, and take the names with their input.
+        wholes = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+        hook = partial(_pass_adapter_names, names=names)
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in wholes]
+        try:
+            with self.mixed_batch(names, beams):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         cls.check_state(model, adapter_name, state_dict)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+
+def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, names: list[str]) -> tuple[tuple, dict]:
+    # One name for each row; beam search repeats the rows.
+    repeats = max(len(args[0]) // len(names), 1) if args else 1
+    return args, {**kwargs, "adapter_names": [name for name in names for _ in range(repeats)]}
 
 
 class TunerLayerHooks(BaseTunerLayer):

@@ -327,13 +327,28 @@ def test_mixed_batches(kind):
     beams = model.generate(input_ids=IDS, adapter_names=names, **settings)
     model.set_adapter("second")
     assert torch.equal(beams[0], model.generate(input_ids=IDS[:1], **settings)[0])
-    with pytest.raises(ValueError, match="there is no third; there are default, second"):
+    with pytest.raises(ValueError, match=r"non-existing adapter\(s\): third. There are: default, second"):
         model(input_ids=IDS, adapter_names=["third", "second", "default"])
-    with pytest.raises(ValueError, match="one name for each row"):
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
         model(input_ids=IDS, adapter_names=["second", "default"])
     model.train()
     with pytest.raises(ValueError, match="training mode"):
         model(input_ids=IDS, adapter_names=names)
+
+
+def test_mixed_batches_use_each_adapters_own_copy_of_a_module_trained_whole():
+    model = adapted("bone", modules_to_save=["lm_head"]).eval()
+    model.add_adapter("second", config_of("bone", modules_to_save=["lm_head"]))
+    copies = model.base_model.model.lm_head.modules_to_save
+    expected = []
+    for factor, name in [(1.5, "default"), (0.5, "second")]:
+        with torch.no_grad():
+            copies[name].weight.mul_(factor)
+        model.set_adapter(name)
+        expected.append(logits(model))
+    with torch.no_grad():
+        found = model(input_ids=IDS[:2], adapter_names=["default", "second"]).logits
+    assert torch.allclose(found[0], expected[0][0], atol=1e-5) and torch.allclose(found[1], expected[1][1], atol=1e-5)
 
 
 @every_kind

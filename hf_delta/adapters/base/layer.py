@@ -165,7 +165,7 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
         weight = self.original_weight()
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.no_grad(), whole_parameters(*self.adapter_modules):
-            self._check_new(names)
+            self.check_new(names)
             merged = weight.to(wide, copy=True)
             for name in [*self.merged_adapters, *names]:
                 merged += self.delta_weight(name, weight)
@@ -196,7 +196,7 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
             return self._mixed_output(x)
         names = [] if self.merged else [name for name in self.active_adapters if name in self.adapters]
         if self.unchecked:
-            self._check_new(names)
+            self.check_new(names)
         if len(names) == 1:
             return self._output_of_one(names[0], x)
         output = total = self.base_layer(x)
@@ -227,22 +227,26 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
     def _mixed_output(self, x: torch.Tensor) -> torch.Tensor:
         names, beams = self.mixed_adapters
         if self.merged:
-            raise ValueError("adapter_names were passed while adapters are merged; call unmerge_adapter first.")
+            # PEFT's words, so that what knows its errors knows ours.
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
         if len(x) not in (len(names), len(names) * beams):
             raise ValueError(
-                f"adapter_names has {len(names)} names, and a layer was called with {len(x)} rows: pass one name for each "
-                "row of the batch. Layers that see tokens regrouped (experts) cannot take part in a mixed batch."
+                f"Length of `adapter_names` should be the same as the number of inputs, but got {len(names)} and {len(x)} "
+                "respectively. Layers that see tokens regrouped (experts) cannot take part in a mixed batch."
             )
         names = [name for name in names for _ in range(len(x) // len(names))]
         output = self.base_layer(x)
         total = output.clone()
         for name in sorted(set(names) & set(self.adapters)):
-            self._check_new([name])
+            self.check_new([name])
             rows = torch.tensor([row for row, other in enumerate(names) if other == name], device=x.device)
             total[rows] += self.delta_output(name, x[rows], output[rows]).to(total.dtype)
         return total
 
-    def _check_new(self, names: list[str]) -> None:
+    def check_new(self, names: list[str]) -> None:
+        """Run [`check_adapter`] for those of these adapters that were not checked since they were made or loaded."""
         for name in [name for name in names if name in self.unchecked]:
             if self.get_base_layer().weight.device.type != "meta":
                 # Without gradients: under checkpointing, the second forward must save what the first one did.

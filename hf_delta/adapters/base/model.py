@@ -49,12 +49,13 @@ class DeltaModel(TunerHooks):
             `ValueError`: the model is in training mode, or there is no adapter of a name.
         """
         if self.training:
-            raise ValueError("adapter_names were passed in training mode; call model.eval() first.")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first.")
         layers = self.adapted_layers()
         known = {name for layer in layers for name in layer.adapters}
         if unknown := set(adapter_names) - known - {"__base__"}:
             raise ValueError(
-                f"adapter_names: there is no {', '.join(sorted(unknown))}; there are {', '.join(sorted(known))}."
+                f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. "
+                f"There are: {', '.join(sorted(known))}."
             )
         for layer in layers:
             layer.mixed_adapters = (adapter_names, beams)

@@ -190,7 +190,7 @@ class PmssLinear(DeltaLinear):
 
     @torch.no_grad()
     def lora_factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        self._check_new([adapter])
+        self.check_new([adapter])
         weight = self.original_weight()
         columns = weight.index_select(1, self.hfd_pmss_columns[adapter]).float()
         rows = weight.index_select(0, self.hfd_pmss_rows[adapter]).float()
@@ -198,7 +198,7 @@ class PmssLinear(DeltaLinear):
         return rows, (columns @ core).mul_(self.hfd_pmss_scaling[adapter])
 
     def delta_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
-        self._check_new([adapter])
+        self.check_new([adapter])
         wide = torch.promote_types(weight.dtype, torch.float32)
         columns = weight.index_select(1, self.hfd_pmss_columns[adapter]).to(wide)
         rows = weight.index_select(0, self.hfd_pmss_rows[adapter]).to(wide)
