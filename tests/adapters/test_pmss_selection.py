@@ -72,6 +72,8 @@ def test_of_equal_items_the_first_is_chosen():
     assert greedy_pivots(torch.eye(300), 200).tolist() == list(range(200))
     repeated = torch.cat([torch.ones(150, 4), 2 * torch.ones(150, 4), torch.eye(4)])
     assert greedy_pivots(repeated, 4).tolist() == [150, 300, 301, 302]
+    # Equal only after the first choice is taken out of them.
+    assert greedy_pivots(torch.tensor([[0.0, 4, 0], [3, 0, 4], [30, 0, 0]]), 3).tolist() == [2, 0, 1]
 
 
 @pytest.mark.parametrize("rank", [0, 1, 5])
