@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "AdvantageTransform": "hf_delta.rl.weights",
     "BoneConfig": "hf_delta.adapters",
+    "DeltaDPOTrainer": "hf_delta.preference.trainer",
     "DeltaGRPOConfig": "hf_delta.rl.config",
     "DeltaGRPOTrainer": "hf_delta.rl.trainer",
     "DeltaLWeights": "hf_delta.rl.weights",

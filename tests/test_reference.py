@@ -9,9 +9,9 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer
+from hf_delta import DeltaDPOTrainer, DeltaGRPOConfig, DeltaGRPOTrainer
 from hf_delta._compat.reference import REFERENCE, ReferenceRepair, copy_adapter, has_reference
-from hf_delta._compat.trl import DPOHooks, GRPOHooks
+from hf_delta._compat.trl import GRPOHooks
 from hf_delta.errors import InputError
 from tests.adapters.life import KINDS, config_of
 from tests.rl.frozen import build_world, frozen_reward
@@ -99,7 +99,7 @@ def weights(model):
 # -- the reference is the adapter -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("method", ADAPTERS)
 def test_first_dpo_loss_is_log_2(world, tmp_path, method):
-    trainer = dpo(DPOHooks, world, trained(world, ADAPTERS[method]()), tmp_path)
+    trainer = dpo(DeltaDPOTrainer, world, trained(world, ADAPTERS[method]()), tmp_path)
     assert first_loss(trainer) == pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -121,12 +121,12 @@ def test_an_adapter_loaded_from_disk(world, tmp_path, method):
     trained(world, ADAPTERS[method]()).save_pretrained(tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(world)
     model = peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True)
-    assert first_loss(dpo(DPOHooks, world, model, tmp_path)) == pytest.approx(math.log(2), abs=1e-6)
+    assert first_loss(dpo(DeltaDPOTrainer, world, model, tmp_path)) == pytest.approx(math.log(2), abs=1e-6)
 
 
 def test_log_probabilities_computed_in_advance_are_those_of_the_copy(world, tmp_path):
     model = trained(world, ADAPTERS["miss"]())
-    trainer = dpo(DPOHooks, world, model, tmp_path, precompute_ref_log_probs=True)
+    trainer = dpo(DeltaDPOTrainer, world, model, tmp_path, precompute_ref_log_probs=True)
     assert "ref_chosen_logps" in trainer.train_dataset.column_names
     assert first_loss(trainer) == pytest.approx(math.log(2), abs=1e-6)
 
@@ -153,7 +153,7 @@ def test_first_kl_of_grpo_is_0(world, tmp_path, method):
 def test_the_reference_stays_while_the_policy_moves(world, tmp_path):
     model = trained(world, ADAPTERS["miss"]())
     before = weights(model)
-    dpo(DPOHooks, world, model, tmp_path, learning_rate=1e-2, max_steps=3).train()
+    dpo(DeltaDPOTrainer, world, model, tmp_path, learning_rate=1e-2, max_steps=3).train()
     after = weights(model)
     names = [name for name in before if name.endswith(".default")]
     assert names and all(torch.equal(after[name.replace(".default", ".ref")], before[name]) for name in names)
@@ -172,7 +172,7 @@ def test_adding_the_reference_leaves_the_policy_as_it_was(world, tmp_path, start
             assert model.peft_config["default"].init_lora_weights == start
             return (model(tokens()).logits - before).abs().max().item()
 
-    assert drift(DPOHooks) == 0.0
+    assert drift(DeltaDPOTrainer) == 0.0
     assert drift(trl.DPOTrainer) > 1e-2
 
 
@@ -188,7 +188,7 @@ def test_otherwise_training_is_trl_bit_for_bit(world, tmp_path, case):
         trainer.train()
         return weights(trainer.model)
 
-    theirs, ours = run(trl.DPOTrainer), run(DPOHooks)
+    theirs, ours = run(trl.DPOTrainer), run(DeltaDPOTrainer)
     assert theirs.keys() == ours.keys() and all(torch.equal(theirs[name], ours[name]) for name in theirs)
 
 
@@ -196,7 +196,7 @@ def test_an_adapter_of_the_users_with_that_name_is_left_alone(world, tmp_path):
     model = trained(world, ADAPTERS["miss"]())
     model.add_adapter("ref", ADAPTERS["miss"]())
     before = weights(model)
-    dpo(DPOHooks, world, model, tmp_path, ref_model=AutoModelForCausalLM.from_pretrained(world))
+    dpo(DeltaDPOTrainer, world, model, tmp_path, ref_model=AutoModelForCausalLM.from_pretrained(world))
     after = weights(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -205,7 +205,7 @@ def test_an_adapter_of_the_users_with_that_name_is_left_alone(world, tmp_path):
 def test_adalora_fails_as_it_does_with_trl(world, tmp_path):
     model = trained(world, peft.AdaLoraConfig(target_modules="all-linear", total_step=10))
     with pytest.raises(ValueError, match="AdaLoraModel supports only 1 trainable adapter"):
-        dpo(DPOHooks, world, model, tmp_path)
+        dpo(DeltaDPOTrainer, world, model, tmp_path)
 
 
 def two_adapters(world):
@@ -232,7 +232,7 @@ def test_a_missing_tensor_is_refused_with_the_place(world):
 
 
 # -- the seam -------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("cls,theirs", [(DPOHooks, trl.DPOTrainer), (GRPOHooks, trl.GRPOTrainer)])
+@pytest.mark.parametrize("cls,theirs", [(DeltaDPOTrainer, trl.DPOTrainer), (GRPOHooks, trl.GRPOTrainer)])
 def test_the_repair_stands_between_trl_and_transformers(cls, theirs):
     order = cls.__mro__
     assert all(order.index(base) < order.index(ReferenceRepair) for base in theirs.__mro__ if "trl" in base.__module__)

@@ -32,7 +32,7 @@ FLOORS = [
     ["adapters"],
     ["rl/weights", "rl/rewards.py", "rl/prompt_ids.py", "playground", "evaluation"],
     ["rl/config.py"],
-    ["rl/trainer.py", "rl/__init__.py", "plot.py"],
+    ["rl/trainer.py", "rl/__init__.py", "preference", "plot.py"],
     ["recipe", "recipe.py", "data.py"],
     ["train.py", "run"],
     ["cli.py"],

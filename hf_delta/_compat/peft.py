@@ -175,8 +175,20 @@ class TunerLayerHooks(BaseTunerLayer):
         self.merged_adapters = []
 
     def move_adapter(self, adapter_name: str) -> None:
-        """Bring an adapter's tensors to the device, and its floating point ones to the dtype, of the base layer."""
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        """Bring a new adapter's tensors to the device, and its floating point ones to the dtype, of the base layer."""
+        super()._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT calls this on adapters that it has loaded; cast to a 16-bit base, they would lose half of what was saved.
+        device = device or self.get_base_layer().weight.device
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            held = getattr(self, name)
+            if isinstance(held, (nn.ModuleDict, BufferDict)) and adapter_name in held:
+                tensors = (
+                    [*held[adapter_name].parameters()] if isinstance(held, nn.ModuleDict) else [held[adapter_name]]
+                )
+                if not any(tensor.is_meta for tensor in tensors):
+                    held[adapter_name] = held[adapter_name].to(device)
 
     def not_yet_merged(self, adapter_names: list[str] | None) -> list[str]:
         """The adapters out of `adapter_names`, or of the active ones, that are still to be merged; warns of the rest."""

@@ -227,6 +227,21 @@ def test_saved_and_loaded_it_is_the_same(kind, tmp_path, base_dir):
 
 
 @every_kind
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_weights_in_32_bits_stay_whole_over_a_base_in_16(kind, low_memory, tmp_path, base_dir):
+    model = adapted(kind, loaded(base_dir, dtype=torch.bfloat16))
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    base = loaded(base_dir, dtype=torch.bfloat16)
+    again = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_memory)
+    saved = {n: p for n, p in model.named_parameters() if ".default.weight" in n}
+    assert saved and all(p.dtype == torch.float32 for p in saved.values())
+    for name, parameter in again.named_parameters():
+        assert name not in saved or torch.equal(parameter, saved[name]), name
+    assert torch.equal(logits(again), expected)
+
+
+@every_kind
 def test_transformers_loads_it_without_peft_model(kind, tmp_path, base_dir):
     model = adapted(kind, loaded(base_dir))
     expected = logits(model)
