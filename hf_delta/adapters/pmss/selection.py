@@ -168,8 +168,7 @@ def _renew_norms(norms: torch.Tensor, fresh: torch.Tensor, items: torch.Tensor, 
     lost = torch.nonzero((norms < CANCELLATION * fresh) & (norms > -torch.inf)).flatten()
     if len(lost):
         vectors = items.index_select(0, lost)
-        for _ in range(2):
-            vectors = vectors - (vectors @ directions.T) @ directions
+        vectors = vectors - (vectors @ directions.T) @ directions
         norms[lost] = fresh[lost] = _square_norms(vectors)
 
 
