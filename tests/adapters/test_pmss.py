@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_delta import InputError
+from hf_delta.adapters.base import model as base_of_tuners
 from hf_delta.adapters.pmss import PmssConfig, PmssLinear
-from hf_delta.adapters.pmss import model as pmss_model
 from hf_delta.adapters.pmss.functions import (
     PmssFunction,
     pmss_delta,
@@ -279,12 +279,12 @@ def test_loading_chooses_nothing(tmp_path, monkeypatch):
 def test_the_bar_counts_the_layers(monkeypatch):
     bars = []
 
-    class Bar(pmss_model.tqdm):
+    class Bar(base_of_tuners.tqdm):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             bars.append(self)
 
-    monkeypatch.setattr(pmss_model, "tqdm", Bar)
+    monkeypatch.setattr(base_of_tuners, "tqdm", Bar)
     adapted()
     adapted(target_modules=["q_proj", "down_proj"], exclude_modules=["model.layers.0.mlp.down_proj"])
     assert [(bar.n, bar.total) for bar in bars] == [(14, 14), (3, 3)] and all(bar.delay > 0 for bar in bars)

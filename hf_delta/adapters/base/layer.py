@@ -40,6 +40,8 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: DeltaAdapterConfig, **quantization: Any):
         super().__init__()
         self.base_layer = base_layer
+        # The name in the model, for messages; the tuner knows it.
+        self.path = type(self).__name__
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization)
         self.in_features, self.out_features = in_out_features(self.get_base_layer())
         self.start_unmerged(adapter_name)
@@ -250,8 +252,11 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
         for name in [name for name in names if name in self.unchecked]:
             if self.get_base_layer().weight.device.type != "meta":
                 # Without gradients: under checkpointing, the second forward must save what the first one did.
-                with torch.no_grad():
-                    self.check_adapter(name)
+                try:
+                    with torch.no_grad():
+                        self.check_adapter(name)
+                except InputError as error:
+                    raise InputError(f"{self.path}, {error}") from error
             self.unchecked.discard(name)
 
     def __repr__(self) -> str:

@@ -1,17 +1,19 @@
 """The tuner: puts adapted layers into a model."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
     resolve_quantization_backend,
 )
 from torch import nn
+from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from hf_delta._compat.bitsandbytes import declare_dense
@@ -21,25 +23,46 @@ from hf_delta.adapters.base.layer import DeltaLinear
 from hf_delta.errors import InputError
 
 
+# Seconds after which a bar shows.
+PATIENCE = 2
+
+
 class DeltaModel(TunerHooks):
     """Base of the tuners; a method gives `prefix`, which is `"hfd_<method>_"`, and `tuner_layer_cls`."""
 
     tuner_layer_cls: ClassVar[type[DeltaLinear]]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Put an adapter into every target, with a bar if what is derived from the weights takes long."""
+        hidden = int(os.environ.get("LOCAL_RANK", "0")) != 0
+        with tqdm(desc=f"Adapter {adapter_name}", unit="layer", delay=PATIENCE, leave=False, disable=hidden) as bar:
+            self.bar = bar
+            try:
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+            finally:
+                del self.bar
+
     def adapt(self, config: DeltaAdapterConfig, adapter_name: str, module: nn.Module, key: str) -> nn.Module:
         """
         Raises:
             `InputError`: the module is of no kind that can be adapted, or the adapter does not fit its size.
         """
+        if self.bar.total is None:
+            # Counted here, because PEFT has written the names of the targets into the configuration by now.
+            names = [name for name, _ in self.model.named_modules() if name]
+            self.bar.total = sum(bool(check_target_module_exists(config, name)) for name in names)
         try:
             if isinstance(module, self.tuner_layer_cls):
                 module.update_layer(adapter_name, config)
-                return module
-            _check_kind(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
-            return self.tuner_layer_cls(module, adapter_name, config, **get_quantization_kwargs(self))
+            else:
+                _check_kind(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+                module = self.tuner_layer_cls(module, adapter_name, config, **get_quantization_kwargs(self))
         except InputError as error:
             raise InputError(f"{key}: {error}") from error
+        module.path = key
+        self.bar.update()
+        return module
 
     @contextmanager
     def mixed_batch(self, adapter_names: list[str], beams: int) -> Iterator[None]:

@@ -140,7 +140,7 @@ class PmssLinear(DeltaLinear):
         if bool((rows == -1).all()) and bool((columns == -1).all()):
             if bool(self.core(adapter).any()):
                 raise InputError(
-                    f"{self.path}, adapter {adapter!r}: there is a core but there are no indices, which are saved as "
+                    f"adapter {adapter!r}: there is a core but there are no indices, which are saved as "
                     "hfd_pmss_rows and hfd_pmss_columns; the file is not complete, save the adapter again with "
                     "save_pretrained."
                 )
@@ -160,7 +160,7 @@ class PmssLinear(DeltaLinear):
     def _check_range(self, adapter: str, name: str, indices: torch.Tensor, size: int) -> None:
         if int(indices.min()) < 0 or int(indices.max()) >= size:
             raise InputError(
-                f"{self.path}, adapter {adapter!r}: {name} goes from {int(indices.min())} to {int(indices.max())}, and "
+                f"adapter {adapter!r}: {name} goes from {int(indices.min())} to {int(indices.max())}, and "
                 f"a {self.out_features}x{self.in_features} weight has 0 to {size - 1}; the file is broken or belongs to "
                 "another model."
             )
@@ -171,7 +171,7 @@ class PmssLinear(DeltaLinear):
         distance = probes_distance(saved[3:], found)
         if not distance <= allowed:
             raise InputError(
-                f"{self.path}, adapter {adapter!r}: the selected rows and columns of a "
+                f"adapter {adapter!r}: the selected rows and columns of a "
                 f"{self.out_features}x{self.in_features} weight are not those that the adapter was trained with; they "
                 f"differ by {distance:.2g} of their size, where rounding explains {allowed}. Load it on the base model that adapter_config.json names, in the same "
                 "revision, or export it as LoRA, which carries its own numbers."
