@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -86,7 +86,7 @@ class BaseWeights:
 
 
 class SavedAdapter:
-    """An adapter from its directory, in float32, over a model without weights; use it as a context.
+    """An adapter from its directory, in float32, over a model without weights.
 
     Attributes:
         config (`PeftConfig`): Of the adapter, as it was saved.
@@ -124,17 +124,10 @@ class SavedAdapter:
         if quantization is None and "quantization_config" not in self.base_config:
             quantization = Quantization(**recorded_quantization(self.folder))
         self.parameter_names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-        self._stack = ExitStack()
-        checkpoint = self._stack.enter_context(Checkpoint(self.base_folder))
+        checkpoint = Checkpoint(self.base_folder)
         self.weights = BaseWeights(checkpoint, self.base_config, model, quantization)
         self.model = _with_adapter(model, self.config, tensors, self.base_folder)
         self.layers = adapted_layers(self.model, ADAPTER)
-
-    def __enter__(self) -> "SavedAdapter":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
 
     def is_empty(self, parameter: nn.Parameter) -> bool:
         """Whether a parameter of the model stands for one of the base model and has no values."""

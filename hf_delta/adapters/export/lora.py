@@ -87,9 +87,9 @@ def export_lora(
     Raises:
         `InputError`: as [`to_lora`], or an input is missing, broken or does not fit.
     """
-    with SavedAdapter(adapter, base, quantization, check_exportable) as saved:
-        options = {"rank": rank, "dora": dora, "dtype": dtype, "progress": progress}
-        return make_lora(saved.config, saved.layers, saved.module_names, ADAPTER, loaded=saved.loaded, **options)
+    saved = SavedAdapter(adapter, base, quantization, check_exportable)
+    options = {"rank": rank, "dora": dora, "dtype": dtype, "progress": progress}
+    return make_lora(saved.config, saved.layers, saved.module_names, ADAPTER, loaded=saved.loaded, **options)
 
 
 def check_exportable(config: PeftConfig) -> None:

@@ -61,7 +61,8 @@ def export_merged(
         `InputError`: an input is missing, broken or does not fit, or there is something in `out`. Nothing was written.
     """
     check_new(out)
-    with SavedAdapter(adapter, base, quantization, check_mergeable) as saved, new_directory(out) as folder:
+    saved = SavedAdapter(adapter, base, quantization, check_mergeable)
+    with new_directory(out) as folder:
         merged = _MergedModel(saved, dtype)
         merged.write(folder, progress)
         _write_config(saved, folder, dtype, merged.untied)

@@ -1,7 +1,6 @@
 """The weights of a base model on disk, one tensor at a time."""
 
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Checkpoint:
-    """Safetensors files of one model, opened but not read.
+    """Safetensors files of one model, of which a tensor at a time is read.
 
     Attributes:
         files (`dict[str, str]`): The file of each tensor.
@@ -76,28 +75,20 @@ class Checkpoint:
                 f"{folder} holds no {SINGLE} and no {INDEX}. Pickled weights are not read: load the model with transformers "
                 "and save it again, save_pretrained writes safetensors."
             )
-        self._open = ExitStack()
-        self._handles = {shard: self._handle(shard) for shard in shards}
-        self.shards = {shard: list(handle.keys()) for shard, handle in self._handles.items()}
+        self.shards = {shard: self._names(shard) for shard in shards}
         self.files = {key: shard for shard, keys in self.shards.items() for key in keys}
         if missing := set(names or {}) - set(self.files):
             raise InputError(f"{folder / INDEX} names {min(missing)}, which is in none of its files.")
 
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.files
-
     def read(self, key: str) -> torch.Tensor:
         """One tensor, as it is stored."""
-        return self._handles[self.files[key]].get_tensor(key)
+        # Opened anew each time, so that no more than this tensor stays mapped into memory.
+        with safe_open(self.folder / self.files[key], framework="pt") as file:
+            return file.get_tensor(key)
 
-    def _handle(self, shard: str) -> Any:
+    def _names(self, shard: str) -> list[str]:
         try:
-            return self._open.enter_context(safe_open(self.folder / shard, framework="pt"))
+            with safe_open(self.folder / shard, framework="pt") as file:
+                return list(file.keys())
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.folder / shard} cannot be read ({error}): it is missing or cut short.") from error
