@@ -88,7 +88,7 @@ def measure(name: str, sizes: Sizes, rounds: int, device: str) -> list[Measured]
     group = GROUPS[name](sizes, device)
     peaks = {case: peak_bytes(group.cases[case], device) for case in group.cases if group.peaks}
     saved = {case: saved_bytes(*forward) for case, forward in group.forwards.items()} | group.bytes
-    seconds = interleaved(group.cases, rounds, device)
+    seconds = interleaved(group.cases, rounds, device, group.passes)
     found = {"time": seconds, "seconds": seconds, "peak": peaks, "saved": saved}
     return [_measured(row, found, group.note) for row in ROWS if row.group == name]
 

@@ -27,7 +27,7 @@ class Sizes:
     pivots: int = 128
     large: int = 4096
     llama: tuple[int, int, int, int] = (4, 512, 1408, 8192)  # layers, hidden, MLP, vocabulary
-    decode_steps: int = 8
+    decode_steps: int = 4
 
 
 FULL = Sizes()
@@ -41,6 +41,7 @@ class Group:
     Args:
         forwards: forward passes and their inputs, for those whose saved bytes are a row.
         peaks: whether the rows have peaks.
+        passes: how often a round goes through all cases; short ones need more.
         bytes: sizes that are known, as peers.
         note: what else is to be said of the rows.
     """
@@ -48,6 +49,7 @@ class Group:
     cases: dict[str, Case]
     forwards: dict[str, tuple[Callable, torch.Tensor]] = field(default_factory=dict)
     peaks: bool = False
+    passes: int = 1
     bytes: dict[str, int] = field(default_factory=dict)
     note: str = ""
 
@@ -83,12 +85,13 @@ class Layers:
         # The output itself is let go, as most that follows a linear layer does: keeping it is on the layer's account.
         return Case(lambda: torch.autograd.backward(get_gradient_edge(layer(x)), gradient), before)
 
-    def decode(self, layer: nn.Module, switch: Callable = nothing) -> Case:
+    def decode(self, layer: nn.Module, switch: Callable = nothing, steps: int | None = None) -> Case:
         """Some tokens one after the other, as `generate` calls a layer that it has called before."""
         x = torch.randn(*self.sizes.decoded, self.sizes.features, device=self.device)
         layer.eval()
+        steps = steps or self.sizes.decode_steps
 
-        def run(steps=self.sizes.decode_steps):
+        def run(steps=steps):
             with torch.no_grad(), reuse_dora_norms():
                 for _ in range(steps):
                     layer(x)
@@ -97,7 +100,7 @@ class Layers:
             switch()
             run(steps=1)
 
-        return Case(run, before)
+        return Case(run, before, steps)
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -140,9 +143,9 @@ def decode(sizes: Sizes, device: str) -> Group:
         "base linear": layers.decode(layers.base),
         "DoRA": layers.decode(layers.lora(use_dora=True), enable_fast_dora),
         "PEFT LoRA": layers.decode(layers.lora()),
-        "PEFT DoRA": layers.decode(layers.lora(use_dora=True), disable_fast_dora),
+        "PEFT DoRA": layers.decode(layers.lora(use_dora=True), disable_fast_dora, steps=1),
     }
-    return Group(cases)
+    return Group(cases, passes=8)
 
 
 def bone(sizes: Sizes, device: str) -> Group:
@@ -245,7 +248,7 @@ def model(sizes: Sizes, device: str) -> Group:
     models["bat_col, merged"].merge_adapter()
     switches = {"DoRA": enable_fast_dora, "PEFT DoRA": disable_fast_dora}
     cases = {name: _decoding(model, sizes, switches.get(name)) for name, model in {"merged": base, **models}.items()}
-    return Group(cases)
+    return Group(cases, passes=2)
 
 
 def _decoding(model: nn.Module, sizes: Sizes, switch: Callable | None) -> Case:
@@ -265,7 +268,7 @@ def _decoding(model: nn.Module, sizes: Sizes, switch: Callable | None) -> Case:
             for _ in range(sizes.decode_steps):
                 model(token, past_key_values=state["cache"])
 
-    return Case(run, before)
+    return Case(run, before, sizes.decode_steps)
 
 
 GROUPS: dict[str, Callable[[Sizes, str], Group]] = {

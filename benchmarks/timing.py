@@ -22,11 +22,11 @@ def nothing():
 
 @dataclass
 class Case:
-    """Something to measure: `run`, with `before` outside of the measurement, `repeat` times in one sample."""
+    """Something to measure: `run`, which does it `count` times, with `before` outside of the measurement."""
 
     run: Callable[[], object]
     before: Callable[[], object] = nothing
-    repeat: int = 1
+    count: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,20 +48,23 @@ def ratio(seconds: dict[str, list[float]], name: str, peer: str) -> Spread:
     return spread([ours / theirs for ours, theirs in zip(seconds[name], seconds[peer])])
 
 
-def interleaved(cases: dict[str, Case], rounds: int, device: str, seed: int = 0) -> dict[str, list[float]]:
-    """Seconds a run of every case in every round; a round goes through all cases in a random order and back."""
+def interleaved(
+    cases: dict[str, Case], rounds: int, device: str, passes: int = 1, seed: int = 0
+) -> dict[str, list[float]]:
+    """Seconds of every case in every round; a round goes `passes` times through all in a random order and back."""
     order, generator = list(cases), random.Random(seed)
     for name in order:
         _sample(cases[name], device)
     found = {name: [] for name in cases}
     for _ in range(rounds):
-        generator.shuffle(order)
         totals = dict.fromkeys(order, 0.0)
         gc.collect()
-        for name in order + order[::-1]:
-            totals[name] += _sample(cases[name], device)
+        for _ in range(passes):
+            generator.shuffle(order)
+            for name in order + order[::-1]:
+                totals[name] += _sample(cases[name], device)
         for name, total in totals.items():
-            found[name].append(total / 2 / cases[name].repeat)
+            found[name].append(total / (2 * passes * cases[name].count))
     return found
 
 
@@ -76,8 +79,7 @@ def _sample(case: Case, device: str) -> float:
 
 def _cpu_seconds(case: Case) -> float:
     start = time.process_time()
-    for _ in range(case.repeat):
-        case.run()
+    case.run()
     return time.process_time() - start
 
 
@@ -85,8 +87,7 @@ def _cuda_seconds(case: Case) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
-    for _ in range(case.repeat):
-        case.run()
+    case.run()
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1e3
