@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_delta.adapters.dora import enable_fast_dora
 from hf_delta.errors import InputError
 
 
@@ -40,6 +41,9 @@ def load_model_and_tokenizer(
             network = PeftModel.from_pretrained(network, str(adapter))
         except Exception as error:
             raise InputError(f"The adapter in {adapter} does not load onto {base}: {error}") from error
+        if any(getattr(config, "use_dora", False) for config in network.peft_config.values()):
+            # The same values to rounding; the computation of PEFT itself forms each weight anew for each token.
+            enable_fast_dora()
     try:
         return network.to(device), tokenizer
     except (RuntimeError, AssertionError) as error:
