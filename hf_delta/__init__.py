@@ -24,6 +24,8 @@ _PUBLIC = {
     "InputError": "hf_delta.errors",
     "PmssConfig": "hf_delta.adapters",
     "RolloutBatch": "hf_delta.rl.weights",
+    "disable_fast_dora": "hf_delta.adapters.dora",
+    "enable_fast_dora": "hf_delta.adapters.dora",
     "to_lora": "hf_delta.adapters.export",
 }
 

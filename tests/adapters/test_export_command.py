@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LoraConfig, MissConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -208,6 +208,30 @@ def test_tokens_that_were_trained_are_not_merged_silently(folder, capsys):
 def test_a_method_that_neither_package_knows(folder, capsys):
     edit(folder / "adapter" / "adapter_config.json", peft_type="NEW_METHOD")
     refused(folder, capsys, "knows the method 'NEW_METHOD'", "merged")
+
+
+def test_adapters_of_the_former_bone(folder):
+    model = adapted_miss(folder / "base")
+    model.save_pretrained(folder / "old")
+    path = folder / "old" / "adapter_model.safetensors"
+    save_file({name.replace("miss_block", "bone_block"): t for name, t in load_file(path).items()}, path)
+    edit(folder / "old" / "adapter_config.json", peft_type="BONE")
+    for form in ("lora", "merged"):
+        assert export(folder, form, "--base", str(folder / "base"), adapter="old", out=form) == 0
+    for result in (
+        PeftModel.from_pretrained(base_model(), folder / "lora"),
+        AutoModelForCausalLM.from_pretrained(folder / "merged"),
+    ):
+        assert torch.allclose(logits(result), logits(model), atol=1e-5)
+
+
+def adapted_miss(base):
+    config = MissConfig(r=8, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
+    with torch.no_grad():
+        for number, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    return model
 
 
 def test_merged_adapters_in_memory():

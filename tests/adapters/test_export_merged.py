@@ -1,5 +1,6 @@
-"""Adapters merged file by file: layout, tied weights, dtypes, memory, and bases that were quantised for training."""
+"""Adapters merged file by file: layout, names, tied weights, dtypes and memory."""
 
+import copy
 import gc
 import json
 
@@ -8,10 +9,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from hf_delta import BoneConfig, PmssConfig
-from hf_delta.adapters.export import Quantization, export_lora, export_merged, merged
+from hf_delta.adapters.export import Quantization, export_merged, merged
 from hf_delta.adapters.export.disk import empty_model
 from tests.adapters.life import adapted, base_model, gpt2_model, logits
 
@@ -108,6 +115,33 @@ def test_a_base_of_one_file(written):
 def test_transposed_layers(written):
     model = adapted("edora", gpt2_model(), target_modules=["c_attn", "c_fc"]).eval()
     assert torch.allclose(logits(loaded(written(model, gpt2_model()))), logits(model), atol=1e-5)
+
+
+def test_a_checkpoint_with_other_names_than_the_model(written, tmp_path):
+    """Vision-language models are stored with `model.layers` for what they call `model.language_model.layers`."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    text = {
+        **sizes,
+        "intermediate_size": 48,
+        "vocab_size": 24,
+        "rope_parameters": rope,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32}
+    torch.manual_seed(0)
+    base = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision)).eval()
+    model = trained(copy.deepcopy(base), LoraConfig(r=4, target_modules=r".*language_model.*(q|o)_proj"))
+    out = written(model, base)
+    assert (
+        "model.layers.0.self_attn.q_proj.weight" in tensors(out)
+        and tensors(out).keys() == tensors(tmp_path / "base").keys()
+    )
+    result = Qwen2_5_VLForConditionalGeneration.from_pretrained(out)
+    assert torch.allclose(logits(result), logits(model), atol=1e-5) and not torch.allclose(
+        logits(base), logits(model), atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("asked", [None, torch.float32])
@@ -209,74 +243,3 @@ def test_a_model_without_weights_takes_no_memory(quantised, tmp_path):
         assert 0 < live_bytes() < 1000
     finally:
         gc.unfreeze()
-
-
-BITS = {
-    "nf4": Quantization(load_in_4bit=True),
-    "nf4_nested": Quantization(load_in_4bit=True, use_bnb_nested_quant=True),
-    "fp4": Quantization(load_in_4bit=True, bnb_4bit_quant_type="fp4"),
-    "int8": Quantization(load_in_8bit=True),
-}
-
-
-class Quantised:
-    """A Llama in a directory, and the same loaded with quantised layers."""
-
-    def __init__(self, path, bits):
-        self.path, self.bits = path, bits
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
-        model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=24, pad_token_id=0))
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter *= 5 if parameter.ndim == 2 else 1
-        model.save_pretrained(path)
-
-    def load(self):
-        settings = {"load_in_4bit": self.bits.load_in_4bit, "load_in_8bit": self.bits.load_in_8bit}
-        if self.bits.load_in_4bit:
-            settings["bnb_4bit_quant_type"] = self.bits.bnb_4bit_quant_type
-            settings["bnb_4bit_use_double_quant"] = self.bits.use_bnb_nested_quant
-            settings["bnb_4bit_compute_dtype"] = torch.float32
-        config = BitsAndBytesConfig(**settings)
-        return AutoModelForCausalLM.from_pretrained(
-            self.path, quantization_config=config, dtype=torch.float32, device_map="cpu"
-        )
-
-
-def train_mode_logits(model):
-    """In evaluation mode bitsandbytes computes in bfloat16 on some CPUs."""
-    return logits(model.train())
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("config", [LoraConfig(**LORA), PmssConfig(**LORA), LoraConfig(**LORA, use_dora=True)])
-def test_what_was_trained_on_quantised_weights_is_merged_into_their_dense_values(bits, config, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    base = Quantised(tmp_path / "base", BITS[bits])
-    model = trained(base.load(), config)
-    expected = train_mode_logits(model)
-    model.save_pretrained(tmp_path / "adapter")
-    base.load().save_pretrained(tmp_path / "stored")
-    right = export_merged(tmp_path / "adapter", tmp_path / "right", base=tmp_path / "base", quantization=BITS[bits])
-    stored = export_merged(tmp_path / "adapter", tmp_path / "from_stored", base=tmp_path / "stored")
-    for path in (right, stored):
-        plain = loaded(path)
-        assert type(plain.model.layers[0].mlp.up_proj) is nn.Linear
-        assert torch.allclose(train_mode_logits(plain), expected, atol=1e-4)
-        assert "quantization_config" not in json.loads((path / "config.json").read_text())
-    lora = export_lora(tmp_path / "adapter", base=tmp_path / "base", quantization=BITS[bits], rank=64)
-    assert lora.max_error < 1e-5
-    wrong = export_merged(tmp_path / "adapter", tmp_path / "wrong", base=tmp_path / "base")
-    assert not torch.allclose(train_mode_logits(loaded(wrong)), expected, atol=1e-2)
-
-
-def test_a_run_says_how_its_base_was_loaded(tmp_path):
-    pytest.importorskip("bitsandbytes")
-    base = Quantised(tmp_path / "base", BITS["nf4_nested"])
-    model = trained(base.load(), LoraConfig(**LORA))
-    model.save_pretrained(tmp_path / "run" / "checkpoint-4")
-    values = {"load_in_4bit": True, "use_bnb_nested_quant": True, "learning_rate": 1e-4}
-    (tmp_path / "run" / "run.json").write_text(json.dumps({"values": values}))
-    out = export_merged(tmp_path / "run" / "checkpoint-4", tmp_path / "merged", base=tmp_path / "base")
-    assert torch.allclose(train_mode_logits(loaded(out)), train_mode_logits(model), atol=1e-4)
