@@ -1,11 +1,20 @@
 """The command `hf-delta export`."""
 
 import argparse
+import sys
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from hf_delta.adapters.export import LoraExport, Quantization, check_new, export_lora, export_merged
+from hf_delta.adapters.export import (
+    LoraExport,
+    Quantization,
+    check_new,
+    export_lora,
+    export_merged,
+    recorded_quantization,
+)
 from hf_delta.errors import InputError
 
 
@@ -18,6 +27,8 @@ def export(arguments: argparse.Namespace) -> None:
     """
     check_new(arguments.out)
     asked = {"base": arguments.base, "quantization": _quantization(arguments), "progress": True}
+    if asked["quantization"] is None and Quantization(**recorded_quantization(Path(arguments.adapter))):
+        sys.stderr.write("The base model was quantised for training (run.json): its dequantised weights are used.\n")
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     if arguments.format == "lora":
         _export_lora(arguments, asked, dtype or torch.float32)

@@ -116,6 +116,7 @@ class SavedAdapter:
             raise InputError(f"{self.folder} does not say what its base model is: name it with --base.")
         own = {"name": self.config.base_model_name_or_path, "revision": self.config.revision}
         self.base_folder = local_model(base) if base else local_model(**own)
+        self.config.base_model_name_or_path = own["name"] or str(base)
         self.base_config = read_json(self.base_folder / "config.json")
         model = empty_model(self.base_folder)
         # By their identity; kept alive, so that nothing else can have it.

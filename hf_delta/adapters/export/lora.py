@@ -12,7 +12,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from hf_delta.adapters.export.change import adapted_layers, dora_factors, exact_factors, weight_change
+from hf_delta.adapters.export.change import Factors, adapted_layers, dora_factors, exact_factors, weight_change
 from hf_delta.adapters.export.disk import ADAPTER, SavedAdapter
 from hf_delta.adapters.export.limits import check_only_factors, check_weight_change, vllm_rank
 from hf_delta.adapters.export.quantised import Quantization
@@ -121,13 +121,13 @@ def make_lora(
             with loaded(name), torch.no_grad():
                 if dora:
                     b, a, magnitudes[name] = _exact_dora(layer, adapter, largest)
-                    factors[name], error = _rounded(b, a, dtype), (len(a), True, 0.0, 0.0)
+                    factors[name], error = _written(name, b, a, largest, dtype)
                 else:
-                    factors[name], error = _factors(layer, adapter, largest, dtype)
-                    as_dora = as_dora or (not error[1] and dora_factors(layer, adapter) is not None)
+                    factors[name], error = _factors(name, layer, adapter, largest, dtype)
+                    as_dora = as_dora or (error.frobenius > 0 and dora_factors(layer, adapter) is not None)
         except InputError as problem:
             raise InputError(f"{name}: {problem}") from problem
-        errors.append(ModuleError(name, *error))
+        errors.append(error)
     # An exact form may need less than the adapter's size says.
     written = vllm_rank(max(1, *(len(a) for _, a in factors.values()))) if rank is None else largest
     export = LoraExport(_lora_config(config, layers, names, written, dora), {}, errors, as_dora)
@@ -135,35 +135,40 @@ def make_lora(
     return export
 
 
-def _factors(layer: BaseTunerLayer, adapter: str, largest: int, dtype: torch.dtype):
-    """Factors of at most rank `largest` in `dtype`, and `(rank, exact, errors)` of what is written."""
+def _factors(
+    name: str, layer: BaseTunerLayer, adapter: str, largest: int, dtype: torch.dtype
+) -> tuple[Factors, ModuleError]:
     found = exact_factors(layer, adapter)
-    if found is None:
-        change = weight_change(layer, adapter)
-        _check_finite(change)
-        rank = min(largest, *change.shape)
-        written = _rounded(*truncated_svd(change, rank), dtype)
-        return written, (rank, False, *error_of_factors(change, *written))
-    _check_finite(*found)
-    whole = len(found[1])
-    written = _rounded(*(found if whole <= largest else compress(*found, largest)), dtype)
-    exact = whole <= largest and dtype == torch.float32
-    errors = (0.0, 0.0) if exact else error_of_product(*found, *written)
-    return written, (min(whole, largest), exact, *errors)
+    if found is not None:
+        return _written(name, *found, largest, dtype)
+    change = weight_change(layer, adapter)
+    _check_finite(change)
+    if change.ndim != 2:
+        raise InputError(f"a {type(layer.get_base_layer()).__name__} is no linear layer; use the format merged.")
+    rank = min(largest, *change.shape)
+    b, a = (factor.to(dtype) for factor in truncated_svd(change, rank))
+    return (b, a), ModuleError(name, rank, False, *error_of_factors(change, b, a))
 
 
-def _exact_dora(layer: BaseTunerLayer, adapter: str, largest: int):
+def _written(
+    name: str, b: torch.Tensor, a: torch.Tensor, largest: int, dtype: torch.dtype
+) -> tuple[Factors, ModuleError]:
+    """Factors of a module as they are written, of at most rank `largest` and in `dtype`."""
+    _check_finite(b, a)
+    exact = len(a) <= largest and dtype == torch.float32
+    kept = (b, a) if len(a) <= largest else compress(b, a, largest)
+    new_b, new_a = (factor.to(dtype) for factor in kept)
+    errors = (0.0, 0.0) if exact else error_of_product(b, a, new_b, new_a)
+    return (new_b, new_a), ModuleError(name, len(new_a), exact, *errors)
+
+
+def _exact_dora(layer: BaseTunerLayer, adapter: str, largest: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     found = dora_factors(layer, adapter)
     if found is None:
         raise InputError("this is no DoRA: export it without the option for DoRA.")
-    _check_finite(*found)
     if len(found[1]) > largest:
         raise InputError(f"DoRA is exported whole, and its rank is {len(found[1])}: leave the rank out.")
     return found
-
-
-def _rounded(b: torch.Tensor, a: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    return b.to(dtype), a.to(dtype)
 
 
 def _check_finite(*tensors: torch.Tensor) -> None:

@@ -62,7 +62,7 @@ class Quantization:
 
 def recorded_quantization(adapter: Path) -> dict[str, Any]:
     """What `run.json` beside an adapter, or above a checkpoint, says about how the base model was loaded."""
-    for folder in (adapter, adapter.parent):
+    for folder in (adapter, adapter.parent) if adapter.name.startswith("checkpoint-") else (adapter,):
         try:
             values = json.loads((folder / "run.json").read_text(encoding="utf-8"))["values"]
             return {name: values[name] for name in Quantization.__dataclass_fields__ if values.get(name) is not None}
