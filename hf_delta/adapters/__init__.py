@@ -5,7 +5,7 @@ adapter takes them.
 """
 
 from hf_delta._compat.peft import register_method
-from hf_delta.adapters.bone import BoneConfig, BoneModel
+from hf_delta.adapters.bone import BoneConfig, BoneModel, register_old_bone
 from hf_delta.adapters.edora import EdoraConfig, EdoraModel
 from hf_delta.adapters.pmss import PmssConfig, PmssModel
 
@@ -19,3 +19,4 @@ ADAPTERS = {
 
 for _name, (_config, _model) in ADAPTERS.items():
     register_method(f"hfd_{_name}", _config, _model)
+register_old_bone()

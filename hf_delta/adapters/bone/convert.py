@@ -47,7 +47,7 @@ def convert_to_bone(source: str | Path, out: str | Path) -> Path:
     """
     source, out = Path(source), _free(out)
     fields = _read_fields(source, (OLD_BONE, MISS))
-    config, tensors = bone_config(fields), _read_tensors(source)
+    config, tensors = _bone_config(source, fields), _read_tensors(source)
     _check_blocks(source, tensors, BLOCK_NAMES[fields["peft_type"]], config)
     return _write(out, config, rename_blocks(tensors, fields["peft_type"], OURS))
 
@@ -70,10 +70,7 @@ def convert_to_miss(source: str | Path, out: str | Path) -> Path:
     """
     source, out = Path(source), _free(out)
     fields = _read_fields(source, (OLD_BONE, OURS))
-    if fields["peft_type"] == OURS:
-        config = BoneConfig.from_pretrained(source)
-    else:
-        config = bone_config(fields)
+    config = _bone_config(source, fields)
     target, tensors = miss_config(config), _read_tensors(source)
     _check_blocks(source, tensors, BLOCK_NAMES[fields["peft_type"]], config)
     return _write(out, target, rename_blocks(tensors, fields["peft_type"], MISS))
@@ -100,6 +97,13 @@ def _read_fields(source: Path, wanted: tuple[str, ...]) -> dict:
     if found != OURS and dropped:
         logger.warning("%s: fields that Bone does not have were left out: %s", path, ", ".join(dropped))
     return fields
+
+
+def _bone_config(source: Path, fields: dict) -> BoneConfig:
+    try:
+        return BoneConfig.from_pretrained(source) if fields["peft_type"] == OURS else bone_config(fields)
+    except InputError as error:
+        raise InputError(f"{source / CONFIG}: {error}") from error
 
 
 def _read_tensors(source: Path) -> dict[str, torch.Tensor]:
@@ -130,6 +134,11 @@ def _check_blocks(source: Path, tensors: dict[str, torch.Tensor], ending: str, c
         "bat_col": (None, r, r),
     }[config.mode]
     for name, shape in blocks.items():
+        if not tensors[name].isfinite().all():
+            raise InputError(
+                f"{source / TENSORS}: {name} holds NaN or infinite values: the file is broken or training diverged; "
+                "take an earlier checkpoint."
+            )
         if len(shape) != len(expected) or any(want not in (None, have) for want, have in zip(expected, shape)):
             wanted = ", ".join("any" if size is None else str(size) for size in expected)
             raise InputError(

@@ -43,14 +43,14 @@ def bone_config(fields: dict[str, Any]) -> BoneConfig:
         `InputError`: a field that decides what the tensors mean has an unknown value.
     """
     init_weights = fields.get("init_weights", True)
-    if init_weights not in _MODES:
+    if not isinstance(init_weights, (bool, str)) or init_weights not in _MODES:
         raise InputError(
             f"init_weights is {init_weights!r}, which no Bone or MiSS of PEFT up to 0.21 has: it should be true, false, "
             "'bat' or 'mini'."
         )
     mode, bias = _MODES[init_weights], fields.get("bias", "none")
     kept = {name: fields[name] for name in SHARED_FIELDS if name in fields}
-    kept["bias"] = "hfd_bone_only" if bias.lower() in ("bone_only", "miss_only") else bias
+    kept["bias"] = "hfd_bone_only" if str(bias).lower() in ("bone_only", "miss_only") else bias
     return BoneConfig(
         **kept,
         mode=mode,

@@ -22,6 +22,8 @@ class BoneModel(DeltaModel):
         renamed = rename_blocks(state, OLD_BONE, OURS)
         state.clear()
         state.update(renamed)
+        # A copy of this adapter, such as a reference adapter, is made from the same configuration.
+        model.peft_config[adapter_name].old_names = False
         for module in model.modules():
             if isinstance(module, BoneLinear):
                 module.old_names.discard(adapter_name)
