@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
@@ -86,21 +87,31 @@ class Layers:
         return Case(lambda: torch.autograd.backward(get_gradient_edge(layer(x)), gradient), before)
 
     def decode(self, layer: nn.Module, switch: Callable = nothing, steps: int | None = None) -> Case:
-        """Some tokens one after the other, as `generate` calls a layer that it has called before."""
+        """Some tokens one after the other."""
         x = torch.randn(*self.sizes.decoded, self.sizes.features, device=self.device)
         layer.eval()
-        steps = steps or self.sizes.decode_steps
 
-        def run(steps=steps):
-            with torch.no_grad(), reuse_dora_norms():
-                for _ in range(steps):
-                    layer(x)
-
-        def before():
+        def first():
             switch()
-            run(steps=1)
+            layer(x)
 
-        return Case(run, before, steps)
+        return generation(first, lambda: layer(x), steps or self.sizes.decode_steps)
+
+
+def generation(first: Callable, step: Callable, steps: int) -> Case:
+    """`steps` calls of `step` inside of what `generate` opens, in which `first` has come before."""
+    context = ExitStack()
+
+    def before():
+        context.enter_context(torch.no_grad())
+        context.enter_context(reuse_dora_norms())
+        first()
+
+    def run():
+        for _ in range(steps):
+            step()
+
+    return Case(run, before, context.close, steps)
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -247,28 +258,22 @@ def model(sizes: Sizes, device: str) -> Group:
     models = {name: trained(get_peft_model(deepcopy(base), config)).eval() for name, config in configs.items()}
     models["bat_col, merged"].merge_adapter()
     switches = {"DoRA": enable_fast_dora, "PEFT DoRA": disable_fast_dora}
-    cases = {name: _decoding(model, sizes, switches.get(name)) for name, model in {"merged": base, **models}.items()}
+    models["merged"] = base
+    cases = {name: _decoding(model, sizes, switches.get(name, nothing)) for name, model in models.items()}
     return Group(cases, passes=2)
 
 
-def _decoding(model: nn.Module, sizes: Sizes, switch: Callable | None) -> Case:
+def _decoding(model: nn.Module, sizes: Sizes, switch: Callable) -> Case:
     batch, vocabulary = sizes.decoded[0], sizes.llama[-1]
     prompt = torch.randint(vocabulary, (batch, 16), device=model.device)
     token = prompt[:, :1].clone()
     state = {}
 
-    @torch.no_grad()
-    def before():
-        if switch is not None:
-            switch()
+    def first():
+        switch()
         state["cache"] = model(prompt, past_key_values=DynamicCache(config=model.config)).past_key_values
 
-    def run():
-        with torch.no_grad(), reuse_dora_norms():
-            for _ in range(sizes.decode_steps):
-                model(token, past_key_values=state["cache"])
-
-    return Case(run, before, sizes.decode_steps)
+    return generation(first, lambda: model(token, past_key_values=state["cache"]), sizes.decode_steps)
 
 
 GROUPS: dict[str, Callable[[Sizes, str], Group]] = {

@@ -22,10 +22,11 @@ def nothing():
 
 @dataclass
 class Case:
-    """Something to measure: `run`, which does it `count` times, with `before` outside of the measurement."""
+    """Something to measure: `run`, which does it `count` times; `before` and `after` are outside of the measurement."""
 
     run: Callable[[], object]
     before: Callable[[], object] = nothing
+    after: Callable[[], object] = nothing
     count: int = 1
 
 
@@ -75,6 +76,7 @@ def _sample(case: Case, device: str) -> float:
         return (_cuda_seconds if device == "cuda" else _cpu_seconds)(case)
     finally:
         gc.enable()
+        case.after()
 
 
 def _cpu_seconds(case: Case) -> float:
