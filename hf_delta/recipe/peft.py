@@ -56,9 +56,14 @@ def wants_fast_dora(values: dict[str, Any]) -> bool:
 
 
 def _config_classes() -> dict[str, type]:
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType
 
     from hf_delta.adapters import ADAPTERS
 
     ours = {name: config for name, (config, _) in ADAPTERS.items()}
-    return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()} | ours
+    known = {
+        kind.value.lower(): PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+        for kind in PeftType
+        if kind in PEFT_TYPE_TO_CONFIG_MAPPING
+    }
+    return known | ours
