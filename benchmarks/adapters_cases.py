@@ -107,11 +107,7 @@ def generation(first: Callable, step: Callable, steps: int) -> Case:
         context.enter_context(reuse_dora_norms())
         first()
 
-    def run():
-        for _ in range(steps):
-            step()
-
-    return Case(run, before, context.close, steps)
+    return Case(step, before, context.close, steps)
 
 
 def trained(model: nn.Module) -> nn.Module:

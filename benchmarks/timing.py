@@ -22,12 +22,12 @@ def nothing():
 
 @dataclass
 class Case:
-    """Something to measure: `run`, which does it `count` times; `before` and `after` are outside of the measurement."""
+    """Something to measure: `run`, `repeat` times in one sample; `before` and `after` are outside of the measurement."""
 
     run: Callable[[], object]
     before: Callable[[], object] = nothing
     after: Callable[[], object] = nothing
-    count: int = 1
+    repeat: int = 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def interleaved(
             for name in order + order[::-1]:
                 totals[name] += _sample(cases[name], device)
         for name, total in totals.items():
-            found[name].append(total / (2 * passes * cases[name].count))
+            found[name].append(total / (2 * passes * cases[name].repeat))
     return found
 
 
@@ -81,7 +81,8 @@ def _sample(case: Case, device: str) -> float:
 
 def _cpu_seconds(case: Case) -> float:
     start = time.process_time()
-    case.run()
+    for _ in range(case.repeat):
+        case.run()
     return time.process_time() - start
 
 
@@ -89,7 +90,8 @@ def _cuda_seconds(case: Case) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
-    case.run()
+    for _ in range(case.repeat):
+        case.run()
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1e3
