@@ -24,7 +24,7 @@ def row_square_norms(weight: torch.Tensor) -> torch.Tensor:
     Returns:
         `(o,)`.
     """
-    return torch.cat([rows.square().sum(dim=1) for rows in _row_chunks(weight)])
+    return torch.cat([torch.linalg.vector_norm(rows, dim=1).square_() for rows in _row_chunks(weight)])
 
 
 def times_transposed(weight: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
