@@ -92,7 +92,8 @@ def greedy_pivots(items: torch.Tensor, k: int) -> torch.Tensor:
 
     These are the first `k` pivots of Businger and Golub's QR of `items^T` (LAPACK's geqp3), in order, without the QR.
     A residual never grows, so the norms of an earlier round are bounds: as long as the farthest of some candidates is
-    farther than the bound of all others, no other item is looked at. The new directions are then taken out of all norms
+    farther than the bound of all others, no other item is looked at. Among candidates, inner products say everything: a
+    round is a pivoted Cholesky factorisation of a small Gram matrix. The new directions are then taken out of all norms
     by one matrix product.
 
     Args:
@@ -101,11 +102,14 @@ def greedy_pivots(items: torch.Tensor, k: int) -> torch.Tensor:
     Returns:
         int64 `(k,)`.
     """
-    # Gathering items out of a transposed view takes several times as long as the copy.
-    greedy = _Greedy(items.contiguous(), k)
+    greedy = _Greedy(items, k)
+    greedy.choose_among_candidates()
     while greedy.count < k:
         greedy.update_norms()
-        greedy.choose_among_candidates()
+        if greedy.only_rounding_is_left():
+            greedy.choose_the_rest()
+        else:
+            greedy.choose_among_candidates()
     return greedy.chosen
 
 
@@ -113,63 +117,113 @@ class _Greedy:
     def __init__(self, items: torch.Tensor, k: int):
         self.items, self.k = items, k
         self.chosen = torch.empty(k, dtype=torch.long, device=items.device)
-        # Row `j` is the part of choice `j` that is orthogonal to the earlier ones, of norm 1.
+        # An orthonormal basis of the choices: the first `j` rows span the first `j` of them.
         self.directions = items.new_zeros(k, items.shape[1])
         self.count = 0
-        # Squared residual norms of all items after the first `followed` directions; -inf for those chosen.
+        # How many the next round may well choose.
+        self.expected = k
+        # Squared norms of the residuals of all items at the start of this round; -inf for those chosen.
         self.norms = _square_norms(items)
+        self.whole = self.norms.clone()
         self.fresh = self.norms.clone()
-        self.followed = 0
-
-    def update_norms(self) -> None:
-        """Take the directions of the last round out of the norms of all items."""
-        new = self.directions[self.followed : self.count]
-        if len(new):
-            self.norms -= _square_norms(self.items @ new.T)
-            self.followed = self.count
-        self.norms[self.chosen[: self.count]] = -torch.inf
-        _renew_norms(self.norms, self.fresh, self.items, self.directions[: self.count])
 
     def choose_among_candidates(self) -> None:
         """Choose items for as long as the candidates of largest norm are certain to hold the largest of all."""
-        size = min(len(self.norms), max(CANDIDATES, 2 * (self.k - self.count)))
+        size = min(len(self.norms), max(CANDIDATES, 2 * self.expected))
         order = torch.sort(self.norms, descending=True, stable=True).indices
         # By index, so that of equal norms the first is the smallest.
         candidates = order[:size].sort().values
-        bound = self.norms[order[size]] if size < len(order) else self.norms.new_tensor(-torch.inf)
-        vectors = self.items.index_select(0, candidates)
-        norms, fresh = self.norms[candidates], self.fresh[candidates]
-        first = self.count
-        while self.count < self.k:
-            best = norms.argmax()
-            if self.count > first and not bool(norms[best] > bound):
-                return
-            direction = self._add(candidates[best], vectors[best])
-            norms -= (vectors @ direction).to(norms.dtype).square_()
-            norms[best] = -torch.inf
-            _renew_norms(norms, fresh, vectors, self.directions[: self.count])
+        bound = float(self.norms[order[size]]) if size < len(order) else -torch.inf
+        vectors = self._residuals(candidates)
+        # On the CPU, where a step of the factorisation takes no launches.
+        gram = (vectors @ vectors.T).to("cpu", torch.float64)
+        gram.diagonal()[self.norms[candidates].cpu() == -torch.inf] = -torch.inf
+        places, factor = pivoted_cholesky(gram, self.k - self.count, bound)
+        places = places.to(candidates.device)
+        self.new = slice(self.count, self.count + len(places))
+        self.count += len(places)
+        self.chosen[self.new] = candidates[places]
+        if self.count < self.k:
+            self.directions[self.new] = _orthonormal(vectors[places], factor.to(vectors))
+        self.expected = min(2 * len(places), self.k - self.count)
 
-    def _add(self, index: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    def update_norms(self) -> None:
+        """Take the directions of the last round out of the norms of all items."""
+        # Faster from here on than products with a transposed view.
+        self.items = self.items.contiguous()
+        self.norms -= _square_norms(self.items @ self.directions[self.new].T)
+        self.norms[self.chosen[: self.count]] = -torch.inf
+        # Where subtraction has cancelled too much of a norm, it is computed from the residual.
+        lost = torch.nonzero((self.norms < CANCELLATION * self.fresh) & (self.norms > -torch.inf)).flatten()
+        if len(lost):
+            self.norms[lost] = self.fresh[lost] = _square_norms(self._residuals(lost))
+
+    def only_rounding_is_left(self) -> bool:
+        """Whether the choices span all items, to the digits that there are: the weight is of lower rank than `k`."""
+        precision = 10 * torch.finfo(self.items.dtype).eps
+        return bool((self.norms <= precision**2 * self.whole).all())
+
+    def choose_the_rest(self) -> None:
+        order = torch.sort(self.norms, descending=True, stable=True).indices
+        self.chosen[self.count :] = order[: self.k - self.count]
+        self.count = self.k
+
+    def _residuals(self, indices: torch.Tensor) -> torch.Tensor:
+        """What the directions leave of some items."""
+        if self.items.is_contiguous():
+            vectors = self.items.index_select(0, indices)
+        else:
+            # Several times as fast as out of the transposed view.
+            vectors = self.items.T.index_select(1, indices).T.contiguous()
         directions = self.directions[: self.count]
-        residual = vector
         # The second time takes out what rounding left of the directions.
-        for _ in range(2):
-            residual = residual - directions.T @ (directions @ residual)
-        # A residual of zero, in a matrix of lower rank than `k`, adds no direction.
-        direction = torch.nn.functional.normalize(residual, dim=0, eps=torch.finfo(vector.dtype).tiny)
-        self.directions[self.count] = direction
-        self.chosen[self.count] = index
-        self.count += 1
-        return direction
+        for _ in range(2 if self.count else 0):
+            vectors = vectors - (vectors @ directions.T) @ directions
+        return vectors
 
 
-def _renew_norms(norms: torch.Tensor, fresh: torch.Tensor, items: torch.Tensor, directions: torch.Tensor) -> None:
-    """Compute squared norms from the residuals, in place, where subtraction has cancelled too much of them."""
-    lost = torch.nonzero((norms < CANCELLATION * fresh) & (norms > -torch.inf)).flatten()
-    if len(lost):
-        vectors = items.index_select(0, lost)
-        vectors = vectors - (vectors @ directions.T) @ directions
-        norms[lost] = fresh[lost] = _square_norms(vectors)
+def pivoted_cholesky(gram: torch.Tensor, steps: int, bound: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pivots of a Gram matrix: each time the first item of largest squared residual.
+
+    It ends early where the largest residual is not above `bound`, or fell so far below that of the first pivot that
+    subtraction has cancelled its digits; there is always one pivot.
+
+    Args:
+        gram: `(m, m)`, float64 on the CPU. Items with `-inf` on the diagonal are not chosen.
+
+    Returns:
+        int64 `(s,)`, `1 <= s <= steps`, and the factor `L` `(s, s)` of the Gram matrix of these items.
+    """
+    residuals = gram.diagonal().clone()
+    first = float(residuals.max())
+    bound = max(bound, CANCELLATION * first)
+    factor = gram.new_zeros(len(gram), steps)
+    pivots = []
+    for step in range(steps):
+        pivot = residuals.argmax()
+        largest = residuals[pivot]
+        if step and not largest > bound:
+            break
+        pivots.append(pivot)
+        known = factor[:, :step]
+        column = torch.addmv(gram[:, pivot], known, known[pivot], alpha=-1)
+        column.mul_(largest.clamp_(min=torch.finfo(torch.float64).tiny).rsqrt())
+        factor[:, step] = column
+        residuals -= column.square_()
+        residuals[pivot] = -torch.inf
+    pivots = torch.stack(pivots)
+    return pivots, factor[pivots, : len(pivots)]
+
+
+def _orthonormal(vectors: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """`L^-1 V`, which spans what `V` `(s, d)` spans; zeros in place of a direction where there is none."""
+    smallest = torch.finfo(factor.dtype).tiny ** 0.5
+    factor.diagonal().clamp_(min=smallest)
+    rows = torch.linalg.solve_triangular(factor, vectors, upper=False)
+    # `L` knows the products of the vectors to some digits only; a step of Newton's iteration doubles them.
+    overlap = rows @ rows.T
+    overlap.diagonal().sub_(1)
+    return rows - overlap @ rows / 2
 
 
 def _square_norms(items: torch.Tensor) -> torch.Tensor:
