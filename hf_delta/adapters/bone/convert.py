@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import torch
@@ -149,21 +148,13 @@ def _check_blocks(source: Path, tensors: dict[str, torch.Tensor], ending: str, c
 
 
 def _write(out: Path, config: PeftConfig, tensors: dict[str, torch.Tensor]) -> Path:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True)
     try:
         config.save_pretrained(partial)
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-        # mkdtemp makes a directory for its owner alone.
-        partial.chmod(0o777 & ~_umask())
         os.replace(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return out
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
