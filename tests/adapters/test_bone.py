@@ -77,6 +77,21 @@ def test_output_and_gradients_are_those_of_the_changed_weight(fields, tokens, bi
 
 
 @every_mode
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(12,), (0, 12), (2, 3, 12)])
+def test_output_without_gradients_is_that_of_the_changed_weight(fields, bias, shape):
+    """It takes shorter ways than training does."""
+    layer = layer_of(fields, bias=bias)
+    x = torch.randn(shape, dtype=torch.float64)
+    weight = layer.base_layer.weight
+    expected = F.linear(x, weight + dense_change(fields, weight, block_of(layer).detach(), 4), layer.base_layer.bias)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(x), expected)
+
+
+@every_mode
 def test_the_change_of_the_weight_and_its_factors(fields):
     layer = layer_of(fields, dtype=torch.float32)
     weight = layer.base_layer.weight

@@ -24,11 +24,10 @@ def fold(x: torch.Tensor, r: int) -> torch.Tensor:
     Returns:
         `torch.Tensor`: `(..., r)`.
     """
+    if x.shape[-1] % r == 0:
+        return x.unflatten(-1, (x.shape[-1] // r, r)).sum(-2)
     whole = x.shape[-1] - x.shape[-1] % r
-    folded = x[..., :whole].unflatten(-1, (whole // r, r)).sum(-2)
-    if whole == x.shape[-1]:
-        return folded
-    rest = x[..., whole:]
+    folded, rest = x[..., :whole].unflatten(-1, (-1, r)).sum(-2), x[..., whole:]
     return torch.cat([folded[..., : rest.shape[-1]] + rest, folded[..., rest.shape[-1] :]], dim=-1)
 
 
@@ -72,6 +71,19 @@ def additive_factors(block: torch.Tensor, out_features: int, in_features: int) -
     return additive_delta(ones, r, in_features), additive_delta(block, out_features, r)
 
 
+def additive_output(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The output `(T, o)` of [`AdditiveLinear`] and `fold(x)`, `(T, r)`, without autograd."""
+    folded = fold(x, block.shape[0])
+    output = F.linear(x, weight, bias)
+    if block.shape[1] == output.shape[1]:
+        output.addmm_(folded, block)
+    else:
+        add_folded_(output, folded @ block)
+    return output, folded
+
+
 class AdditiveLinear(Function):
     """`x W^T + bias + tile(fold(x) D)` for a frozen weight, with one allocation per direction beyond its result's.
 
@@ -81,12 +93,7 @@ class AdditiveLinear(Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, block):
-        folded = fold(x, block.shape[0])
-        output = F.linear(x, weight, bias)
-        if block.shape[1] == output.shape[1]:
-            output.addmm_(folded, block)
-        else:
-            add_folded_(output, folded @ block)
+        output, folded = additive_output(x, weight, bias, block)
         ctx.save_for_backward(folded, weight, block)
         return output
 
@@ -107,6 +114,14 @@ def row_output(x: torch.Tensor, block: torch.Tensor, out_features: int) -> torch
     """`(..., o)` out of `D x`, for `D (r, i)`: value `n` stands for the `n`-th shard of `o / r` consecutive outputs."""
     shared = F.linear(x, block).unsqueeze(-1)
     return shared.expand(*shared.shape[:-1], out_features // block.shape[0]).flatten(-2)
+
+
+def row_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block: torch.Tensor) -> torch.Tensor:
+    """`x W^T + bias` with [`row_output`] added in place; no autograd."""
+    output = F.linear(x, weight, bias)
+    shards = block.shape[0], output.shape[-1] // block.shape[0]
+    output.unflatten(-1, shards).add_(F.linear(x, block).unsqueeze(-1))
+    return output
 
 
 def row_delta(block: torch.Tensor, out_features: int) -> torch.Tensor:

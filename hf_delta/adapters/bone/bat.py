@@ -31,6 +31,18 @@ def block_inputs(x: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     return torch.bmm(pieces, block.transpose(1, 2)).transpose(0, 1).reshape(x.shape)
 
 
+def bat_row_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, block: torch.Tensor
+) -> torch.Tensor:
+    """`(x + u) W^T + bias + tile(sum over b of u_b)` for `x (T, i)` and `u` of [`block_inputs`]; no autograd."""
+    pieces = x.view(len(x), *block.shape[:2])
+    u = torch.bmm(pieces.transpose(0, 1), block.transpose(1, 2))
+    output = F.linear((pieces + u.transpose(0, 1)).view(x.shape), weight, bias)
+    shards = output.shape[1] // block.shape[1], block.shape[1]
+    output.unflatten(1, shards).add_(u.sum(0).unsqueeze(1))
+    return output
+
+
 def bat_row_delta(weight: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
     """Change of the weight `(o, i)`: `W_ab D_b + D_b` for `block (i / r, r, r)`."""
     pieces, r, _ = block.shape

@@ -11,13 +11,15 @@ from hf_delta.adapters.bone.additive import (
     AdditiveLinear,
     additive_delta,
     additive_factors,
+    additive_output,
     fold,
     row_delta,
     row_factors,
+    row_linear,
     row_output,
     tile,
 )
-from hf_delta.adapters.bone.bat import BatColLinear, bat_col_delta, bat_row_delta, block_inputs
+from hf_delta.adapters.bone.bat import BatColLinear, bat_col_delta, bat_row_delta, bat_row_linear, block_inputs
 from hf_delta.adapters.bone.config import BoneConfig
 from hf_delta.errors import InputError
 from hf_delta.ops.gather import full_tensor
@@ -114,13 +116,20 @@ class BoneLinear(DeltaLinear):
         self, adapter: str, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
         dropout, mode = self.hfd_bone_dropout[adapter], self.hfd_bone_mode[adapter]
-        if mode in ("row", "bat_row") or (self.training and isinstance(dropout, nn.Dropout)):
+        needs_graph = torch.is_grad_enabled()
+        if (needs_graph and mode in ("row", "bat_row")) or (self.training and isinstance(dropout, nn.Dropout)):
             return None
         block, tokens = self._block(adapter, x.dtype), x.reshape(-1, x.shape[-1])
         if mode == "bat_col":
             output = BatColLinear.apply(tokens, weight, bias, block, False)
-        else:
+        elif needs_graph:
             output = AdditiveLinear.apply(tokens, weight, bias, block)
+        elif mode == "row":
+            output = row_linear(tokens, weight, bias, block)
+        elif mode == "bat_row":
+            output = bat_row_linear(tokens, weight, bias, block)
+        else:
+            output, _ = additive_output(tokens, weight, bias, block)
         return output.view(*x.shape[:-1], self.out_features)
 
     def _bat_col_change(self, x: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
