@@ -83,3 +83,26 @@ def test_table_of_adapters_has_every_row(monkeypatch, tmp_path, capsys):
     assert not with_peer or "16 of 16 pivots" in next(row["note"] for row in rows if row["group"] == "selection")
     assert (tmp_path / "speed.png").stat().st_size > 10_000
     assert capsys.readouterr().out.count("\n|") == len(rows) + 2
+
+
+@pytest.mark.slow
+def test_quality_of_adapters_compares_equal_numbers_of_parameters(monkeypatch, tmp_path, capsys):
+    """All of it with two steps: no result, but a complete table, a study that is not run twice, and equal counts."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = load("adapter_quality")
+    arguments = ["--quick", "--out", str(tmp_path), "--playgrounds", str(tmp_path), "--rounds", "1"]
+    arguments += ["--seeds", "0", "1", "--tuning-seeds", "2"]
+    module.main(arguments)
+    content = json.loads((tmp_path / "adapter_quality.json").read_text())
+    counts = {name: content["costs"][name]["parameters"] for name in module.METHODS if name != "full"}
+    assert all(abs(count / counts["LoRA"] - 1) < 0.04 for count in counts.values()), counts
+    assert set(content["chosen"]) == set(module.METHODS)
+    keys = [(run["method"], run["lr"], run["seed"]) for run in content["runs"]]
+    assert len(keys) == len(set(keys)) and {seed for *_, seed in keys} == {0, 1, 2}
+    # Two tables of quality with all methods, and one of costs with PEFT's DoRA besides; each has two lines of head.
+    printed = capsys.readouterr().out
+    assert printed.count("\n|") == 3 * (len(module.METHODS) + 2) + 1
+    assert (tmp_path / "adapter_quality.png").stat().st_size > 10_000
+    monkeypatch.setattr(module.Study, "_train", lambda *_: pytest.fail("a run that is in the file was started again"))
+    module.main(arguments)
+    assert json.loads((tmp_path / "adapter_quality.json").read_text())["runs"] == content["runs"]
