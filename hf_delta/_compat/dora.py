@@ -9,6 +9,7 @@ from collections.abc import Callable
 import transformers
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import bnb, dora, layer, variants
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from hf_delta._compat.peft import require_supported_peft
@@ -39,6 +40,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "Linear4bit.unmerge": ("self",),
     "Linear8bitLt.merge": ("self", "safe_merge", "adapter_names"),
     "Linear8bitLt.unmerge": ("self",),
+    "BaseTuner.merge_and_unload": ("self", "progressbar", "safe_merge", "adapter_names"),
     "GenerationMixin.generate": (
         "self",
         "inputs",
@@ -65,6 +67,7 @@ def classes() -> dict[str, type]:
     found = {
         "DoraLinearLayer": dora.DoraLinearLayer,
         "Linear": layer.Linear,
+        "BaseTuner": BaseTuner,
         "GenerationMixin": transformers.GenerationMixin,
     }
     if is_bnb_available():

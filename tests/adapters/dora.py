@@ -2,13 +2,12 @@
 
 from contextlib import contextmanager
 
-import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hf_delta.adapters.dora import cache, disable_fast_dora, enable_fast_dora
+from hf_delta.adapters.dora import disable_fast_dora, enable_fast_dora
 
 
 @contextmanager
@@ -18,31 +17,6 @@ def fast_dora(**options):
         yield
     finally:
         disable_fast_dora()
-
-
-@pytest.fixture
-def fast():
-    with fast_dora():
-        yield
-
-
-@pytest.fixture
-def evaluations(monkeypatch):
-    """A list that grows by one each time a norm is computed."""
-    calls, compute = [], cache.factored_row_norms
-
-    def counted(*args):
-        calls.append(1)
-        return compute(*args)
-
-    monkeypatch.setattr(cache, "factored_row_norms", counted)
-    return calls
-
-
-@pytest.fixture
-def no_comparing(monkeypatch):
-    """As on an accelerator, where the values of adapters are not compared before a norm is used again."""
-    monkeypatch.setattr(cache, "_comparable", lambda tensor: False)
 
 
 def move(model, std=0.2, seed=1):

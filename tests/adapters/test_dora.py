@@ -1,22 +1,16 @@
 """Fast DoRA against PEFT's own DoRA, and against float64."""
 
-import inspect
-
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
-from peft.tuners.lora.dora import DoraLinearLayer
-from peft.tuners.lora.layer import Linear
+from peft import LoraConfig
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from hf_delta._compat import dora as compat
-from hf_delta.adapters.dora import disable_fast_dora, enable_fast_dora, layer
+from hf_delta.adapters.dora import layer
 from hf_delta.adapters.dora.functions import FusedDora, compose_change, usable_norm
 from tests.adapters.dora import (
     assert_all_close,
-    fast,  # noqa: F401
     fast_dora,
     gradients,
     layer_of,
@@ -96,7 +90,7 @@ def test_strided_inputs_and_gradients():
 
 @pytest.mark.parametrize("trained", [["lora_A"], ["lora_B"], ["magnitude"], ["lora_A", "magnitude"], []], ids=str)
 @pytest.mark.parametrize("needs_x", [True, False])
-def test_only_what_needs_a_gradient_gets_one(fast, trained, needs_x):  # noqa: F811
+def test_only_what_needs_a_gradient_gets_one(fast, trained, needs_x):
     model = model_of(linear_of())
     expected = dict(zip([n for n, p in model.named_parameters() if p.requires_grad], both_gradients(model)))
     for name, parameter in model.named_parameters():
@@ -133,7 +127,7 @@ def test_gradients_are_right_in_float64(bias, zeros):
     )
 
 
-def test_magnitudes_of_zero_and_rows_of_zeros_are_finite_and_right(fast):  # noqa: F811
+def test_magnitudes_of_zero_and_rows_of_zeros_are_finite_and_right(fast):
     linear = linear_of()
     with torch.no_grad():
         linear.weight[3] = 0
@@ -181,7 +175,7 @@ def test_no_less_exact_than_peft(base, adapter_dtype, autocast):
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-def test_gains_between_two_16_bit_numbers_are_not_rounded(fast, autocast):  # noqa: F811
+def test_gains_between_two_16_bit_numbers_are_not_rounded(fast, autocast):
     model = model_of(linear_of(i=64, o=64, bias=False, dtype=torch.bfloat16), std=0)
     magnitude, weight = layer_of(model).lora_magnitude_vector["default"].weight, layer_of(model).base_layer.weight
     # Half way from 1 + 2/128 to 1 + 3/128: rounded, a gain would be wrong by 4e-3.
@@ -201,7 +195,7 @@ def test_small_changes_of_16_bit_outputs_are_kept_in_float32():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_start_is_the_base_model_to_the_last_bit_in_float32(fast, bias):  # noqa: F811
+def test_the_start_is_the_base_model_to_the_last_bit_in_float32(fast, bias):
     model, x = model_of(linear_of(bias=bias), std=0), random(9, 37)
     base = layer_of(model).base_layer(x)
     assert torch.equal(model(x), base)
@@ -246,13 +240,13 @@ def test_training_makes_no_tensor_of_the_size_of_the_weight(size, dtype, dropout
     assert step() >= i * o
 
 
-def test_compiled_models_compute_the_same(fast):  # noqa: F811
+def test_compiled_models_compute_the_same(fast):
     model, x = model_of(linear_of()), random(5, 37)
     compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(x), model(x))
 
 
-def test_hooks_of_modules_are_called(fast):  # noqa: F811
+def test_hooks_of_modules_are_called(fast):
     model, x, seen = model_of(linear_of()), random(5, 37), []
     expected = model(x)
     for module in (layer_of(model).base_layer, layer_of(model).lora_A["default"], layer_of(model).lora_B["default"]):
@@ -261,53 +255,3 @@ def test_hooks_of_modules_are_called(fast):  # noqa: F811
         assert seen
         seen.clear()
         handle.remove()
-
-
-def test_lora_without_dora_is_peft_s_own(fast, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(layer, "fused_output", lambda *args: pytest.fail("not for LoRA"))
-    model, x, dy = model_of(linear_of(), use_dora=False), random(5, 37), random(5, 53)
-    found = gradients(model, x, dy)
-    disable_fast_dora()
-    assert all(map(torch.equal, found, gradients(model, x, dy)))
-
-
-def test_checkpoints_are_peft_s_both_ways(tmp_path):
-    with fast_dora():
-        model = llama(std=0.2)
-        keys, logits = list(model.state_dict()), model(tokens()).logits
-        model.save_pretrained(tmp_path)
-    assert keys == list(llama().state_dict())
-    plain = PeftModel.from_pretrained(llama().unload(), tmp_path)
-    expected = {k: v for k, v in model.state_dict().items() if "lora_" in k}
-    assert all(torch.equal(plain.state_dict()[k], v) for k, v in expected.items())
-    torch.testing.assert_close(plain(tokens()).logits, logits, rtol=0, atol=1e-5)
-    plain.save_pretrained(tmp_path / "again")
-    with fast_dora():
-        back = PeftModel.from_pretrained(llama().unload(), tmp_path / "again", low_cpu_mem_usage=True)
-        assert all(torch.equal(back.state_dict()[k], v) for k, v in expected.items())
-        assert torch.equal(back(tokens()).logits, logits)
-
-
-@pytest.mark.parametrize("seam", compat.SEAMS)
-def test_signatures_are_the_recorded_ones(seam):
-    owner, method = seam.split(".")
-    if owner not in compat.classes():
-        pytest.skip("bitsandbytes is not installed")
-    found = tuple(inspect.signature(vars(compat.classes()[owner])[method]).parameters)
-    assert found == compat.SEAMS[seam], f"PEFT or transformers changed {seam}: see hf_delta/_compat/dora.py"
-
-
-def test_on_twice_and_off_gives_the_same_functions_back():
-    def functions():
-        return {seam: vars(compat.classes()[seam.split(".")[0]])[seam.split(".")[1]] for seam in compat.SEAMS}
-
-    before = functions()
-    enable_fast_dora()
-    during = functions()
-    enable_fast_dora(cache=False)
-    assert functions() == during and not set(during.values()) & set(before.values())
-    assert [inspect.signature(f) for f in during.values()] == [inspect.signature(f) for f in before.values()]
-    disable_fast_dora()
-    disable_fast_dora()
-    assert functions() == before
-    assert "train" in vars(DoraLinearLayer) and "unmerge" in vars(Linear)

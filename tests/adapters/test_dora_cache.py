@@ -10,15 +10,12 @@ from hf_delta.adapters.dora.cache import NORMS
 from tests.adapters.dora import (
     LLAMA_LAYERS,
     assert_all_close,
-    evaluations,  # noqa: F401
-    fast,  # noqa: F401
     fast_dora,
     layer_of,
     linear_of,
     llama,
     model_of,
     move,
-    no_comparing,  # noqa: F401
     tokens,
 )
 
@@ -80,7 +77,7 @@ def assert_same_training(found, expected, tolerance):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointing", "reentrant"])
-def test_training_is_peft_s(name, checkpointing, trained_by_peft, fast, evaluations, no_comparing):  # noqa: F811
+def test_training_is_peft_s(name, checkpointing, trained_by_peft, fast, evaluations, no_comparing):
     found = train(llama(std=0.05), OPTIMIZERS[name], checkpointing)
     assert_same_training(found, trained_by_peft[name], 1e-5)
     forwards = ACCUMULATED * (1 if checkpointing is None else 2)
@@ -94,7 +91,7 @@ def test_without_the_count_of_steps_a_fused_optimizer_leaves_old_norms(
     trained_by_peft,
     fast,
     no_comparing,
-    monkeypatch,  # noqa: F811
+    monkeypatch,
 ):
     def forget(model):
         NORMS.watch.steps = 0
@@ -104,7 +101,7 @@ def test_without_the_count_of_steps_a_fused_optimizer_leaves_old_norms(
         assert_same_training(found, trained_by_peft["fused adamw"], 1e-5)
 
 
-def test_without_reuse_there_is_one_norm_in_every_forward(trained_by_peft, evaluations, no_comparing):  # noqa: F811
+def test_without_reuse_there_is_one_norm_in_every_forward(trained_by_peft, evaluations, no_comparing):
     with fast_dora(cache=False):
         found = train(llama(std=0.05), OPTIMIZERS["sgd"])
     assert_same_training(found, trained_by_peft["sgd"], 1e-5)
@@ -112,7 +109,7 @@ def test_without_reuse_there_is_one_norm_in_every_forward(trained_by_peft, evalu
 
 
 @pytest.fixture
-def trained(fast, evaluations, no_comparing):  # noqa: F811
+def trained(fast, evaluations, no_comparing):
     """A layer, in training, whose optimizer was seen to step; its norm is known."""
     model = model_of(linear_of())
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -180,7 +177,7 @@ def test_a_change_is_seen(trained, name, mode, monkeypatch):
         assert_right(trained)
 
 
-def test_values_are_compared_on_the_cpu(fast, evaluations):  # noqa: F811
+def test_values_are_compared_on_the_cpu(fast, evaluations):
     model = model_of(linear_of()).eval()
     with torch.no_grad():
         assert_right(model)
@@ -192,7 +189,7 @@ def test_values_are_compared_on_the_cpu(fast, evaluations):  # noqa: F811
         assert evaluations
 
 
-def test_micro_batches_share_a_norm_until_the_step(trained, evaluations):  # noqa: F811
+def test_micro_batches_share_a_norm_until_the_step(trained, evaluations):
     for _ in range(3):
         trained.train()
         assert_right(trained)
@@ -203,21 +200,21 @@ def test_micro_batches_share_a_norm_until_the_step(trained, evaluations):  # noq
     assert len(evaluations) == 1
 
 
-def test_an_optimizer_that_is_gone_vouches_for_nothing(trained, evaluations):  # noqa: F811
+def test_an_optimizer_that_is_gone_vouches_for_nothing(trained, evaluations):
     del trained.optimizer
     for count in (1, 2):
         assert_right(trained)
         assert len(evaluations) == count
 
 
-def test_parameters_of_the_same_values_are_not_the_optimizer_s(trained, evaluations):  # noqa: F811
+def test_parameters_of_the_same_values_are_not_the_optimizer_s(trained, evaluations):
     layer_of(trained).lora_A["default"].weight = nn.Parameter(a_b_m(trained)[0].detach().clone())
     for count in (1, 2):
         assert_right(trained)
         assert len(evaluations) == count
 
 
-def test_only_a_change_of_the_mode_forgets(trained, evaluations):  # noqa: F811
+def test_only_a_change_of_the_mode_forgets(trained, evaluations):
     trained.train()
     assert_right(trained)
     assert not evaluations
@@ -246,7 +243,7 @@ def test_adapters_have_norms_of_their_own(trained):
     assert_right(trained)
 
 
-def test_a_rollout_computes_once_and_ends(fast, evaluations, no_comparing):  # noqa: F811
+def test_a_rollout_computes_once_and_ends(fast, evaluations, no_comparing):
     model, x = model_of(linear_of()), torch.ones(2, 37)
     evaluations.clear()
     with torch.no_grad():
@@ -269,7 +266,7 @@ def test_a_rollout_computes_once_and_ends(fast, evaluations, no_comparing):  # n
     assert NORMS.scope == 0
 
 
-def test_generate_is_a_rollout(fast, evaluations, no_comparing):  # noqa: F811
+def test_generate_is_a_rollout(fast, evaluations, no_comparing):
     model = llama(std=0.2)
     expected = None
     for generating in (model, model.base_model.model):
@@ -284,7 +281,7 @@ def test_generate_is_a_rollout(fast, evaluations, no_comparing):  # noqa: F811
         assert len(evaluations) == 5 * LLAMA_LAYERS
 
 
-def test_generating_between_steps_leaves_training_as_it_was(trained_by_peft, fast, no_comparing):  # noqa: F811
+def test_generating_between_steps_leaves_training_as_it_was(trained_by_peft, fast, no_comparing):
     def roll_out(model):
         model.generate(input_ids=tokens(), max_new_tokens=3)
 

@@ -14,9 +14,7 @@ def factors(o=37, i=53, r=5, dtype=torch.float32, spread=0.1):
 
 
 def factored(weight, a, b, scaling):
-    return norms.factored_row_norms(
-        norms.row_square_norms(weight), norms.times_transposed(weight, a), a, b, scaling
-    )
+    return norms.factored_row_norms(norms.row_square_norms(weight), norms.times_transposed(weight, a), a, b, scaling)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -32,9 +30,7 @@ def test_factored_norms_are_those_of_the_dense_sum(dtype, scaling):
 def test_a_norm_taken_in_16_bits_would_be_a_thousand_times_worse():
     weight, a, b = factors(dtype=torch.bfloat16, spread=1.0)
     truth = torch.linalg.vector_norm(weight.double() + b.double() @ a.double(), dim=1)
-    in_16_bits = (
-        weight.square().sum(1) + 2 * ((weight @ a.T) * b).sum(1) + ((b @ (a @ a.T)) * b).sum(1)
-    ).sqrt()
+    in_16_bits = (weight.square().sum(1) + 2 * ((weight @ a.T) * b).sum(1) + ((b @ (a @ a.T)) * b).sum(1)).sqrt()
     error = lambda norm: ((norm.double() - truth).abs() / truth).max().item()  # noqa: E731
     assert error(in_16_bits) > 1000 * error(factored(weight, a, b, 1.0))
 
@@ -60,7 +56,7 @@ def test_strides_do_not_matter():
     torch.testing.assert_close(factored(turned, a, b, 0.5), factored(weight, a, b, 0.5))
 
 
-def test_a_change_that_cancels_a_row_gives_zero_and_no_nan():
-    weight, a, b = factors(o=4, i=6, r=6)
-    a, b = torch.eye(6), -weight
-    assert torch.equal(factored(weight, a, b, 1.0), torch.zeros(4))
+def test_a_change_that_cancels_a_row_leaves_rounding_and_no_nan():
+    weight, _, _ = factors(o=4, i=6, r=6)
+    norm = factored(weight, torch.eye(6), -weight, 1.0)
+    assert (norm < 2e-3 * weight.norm(dim=1)).all()

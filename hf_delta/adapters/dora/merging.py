@@ -1,13 +1,16 @@
 """Merging of LoRA layers that have a DoRA adapter: the base weight is exchanged and kept, and comes back bit for bit."""
 
+import gc
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import nn
 
+from hf_delta._compat.bitsandbytes import declare_dense
 from hf_delta._compat.dora import is_dora, is_dora_or_lora
 from hf_delta.adapters.base.merging import MergedWeight
 from hf_delta.adapters.dora.cache import NORMS
@@ -52,8 +55,25 @@ def unmerge(original: Callable) -> Callable:
     return unmerge
 
 
+def merge_and_unload(original: Callable) -> Callable:
+    """`merge_and_unload` of a model: where quantised layers became dense, its configuration says so."""
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        layers = [module for module in self.model.modules() if getattr(module, "lora_variant", None)]
+        becomes_dense = any(is_dora(layer, name) for layer in layers for name in layer.lora_variant)
+        model = original(self, *args, **kwargs)
+        if becomes_dense:
+            declare_dense(model)
+        return model
+
+    return merge_and_unload
+
+
 def any_merged() -> bool:
     """Whether a living layer has a base weight exchanged by [`merge`]."""
+    if _merged_layers:
+        # Models that are gone may wait in reference cycles.
+        gc.collect()
     return len(_merged_layers) > 0
 
 
