@@ -133,12 +133,15 @@ def test_inputs_that_r_does_not_divide(fields, size):
             assert torch.allclose(one, other, atol=1e-12)
 
 
-@every_mode
-def test_no_tokens_at_all(fields):
-    layer = layer_of(fields)
-    x = torch.zeros(2, 0, 12, dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize(
+    "fields,size", [*((fields, 12) for fields in MODES.values()), (MODES["bone"], 11), (MODES["mini"], 11)]
+)
+def test_no_tokens_at_all(fields, size):
+    layer = layer_of(fields, i=size)
+    x = torch.zeros(2, 0, size, dtype=torch.float64, requires_grad=True)
     output = layer(x)
-    assert output.shape == (2, 0, 16)
+    with torch.no_grad():
+        assert output.shape == layer(x).shape == (2, 0, 16)
     output.sum().backward()
     assert not block_of(layer).grad.any()
 
