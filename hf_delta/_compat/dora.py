@@ -4,8 +4,10 @@ Nothing here computes: `hf_delta.adapters.dora` says what stands in the place of
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
+import torch
 import transformers
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import bnb, dora, layer, variants
@@ -60,6 +62,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
 
 Replacement = Callable[[Callable], Callable]
 _originals: dict[str, Callable] = {}
+_uncounted = itertools.count(-1, -1)
 
 
 def classes() -> dict[str, type]:
@@ -115,3 +118,17 @@ def is_dora_or_lora(lora_layer: nn.Module, adapter: str) -> bool:
     """The same, or LoRA without a variant and without a bias of its own."""
     plain = adapter not in lora_layer.lora_variant and not lora_layer.lora_bias.get(adapter, False)
     return plain or is_dora(lora_layer, adapter)
+
+
+def mode_of(lora_layer: nn.Module) -> tuple:
+    """What of a layer's state says whether, and which, adapters take part in its forward."""
+    state = lora_layer.__dict__
+    active = state["_active_adapter"]
+    # Copies, because the lists are changed in place.
+    active = active if isinstance(active, str) else tuple(active)
+    return state["training"], state["_disable_adapters"], tuple(state["merged_adapters"]), active
+
+
+def write_counts(tensors: tuple[torch.Tensor, ...]) -> list[int]:
+    """How often autograd saw each tensor being written in place; a number never given again for inference tensors."""
+    return [next(_uncounted) if tensor.is_inference() else tensor._version for tensor in tensors]

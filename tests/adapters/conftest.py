@@ -1,9 +1,10 @@
 """Fixtures of the tests of fast DoRA."""
 
 import pytest
+import torch
 
 from hf_delta.adapters.dora import cache
-from tests.adapters.dora import fast_dora
+from tests.adapters.dora import fast_dora, linear_of, model_of
 
 
 @pytest.fixture
@@ -30,3 +31,16 @@ def evaluations(monkeypatch):
 def no_comparing(monkeypatch):
     """As on an accelerator, where the values of adapters are not compared before a norm is used again."""
     monkeypatch.setattr(cache, "_comparable", lambda tensor: False)
+
+
+@pytest.fixture
+def trained(fast, evaluations, no_comparing):
+    """A layer, in training, whose optimizer was seen to step; its norm is known."""
+    model = model_of(linear_of())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(torch.ones(2, 37)).sum().backward()
+    optimizer.step()
+    model.optimizer = optimizer
+    model(torch.ones(2, 37))
+    evaluations.clear()
+    return model

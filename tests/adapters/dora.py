@@ -86,3 +86,27 @@ def assert_all_close(found, expected, tolerance=1e-5):
         assert one.dtype == other.dtype and one.shape == other.shape
         scale = other.double().norm(p=torch.inf).item() if other.numel() else 0.0
         torch.testing.assert_close(one.double(), other.double(), rtol=0, atol=tolerance * max(scale, 1e-3))
+
+
+def a_b_m(model):
+    layer = layer_of(model)
+    return [part["default"].weight for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)]
+
+
+def exact(model, x):
+    """Dense, in float64."""
+    layer = layer_of(model)
+    a, b, m = (tensor.detach().double() for tensor in a_b_m(model))
+    changed = layer.base_layer.weight.detach().double() + layer.scaling["default"] * b @ a
+    weight = m.unsqueeze(1) * changed / changed.norm(dim=1, keepdim=True)
+    return nn.functional.linear(x.double(), weight, layer.base_layer.bias.detach().double())
+
+
+def assert_right(model):
+    x = torch.randn(6, 37, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(model(x).double(), exact(model, x), rtol=1e-5, atol=1e-5)
+
+
+def load(model, **options):
+    state = {k: v + 0.1 if "lora_" in k else v for k, v in model.state_dict().items()}
+    model.load_state_dict(state, **options)

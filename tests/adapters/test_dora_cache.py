@@ -9,11 +9,14 @@ from hf_delta.adapters.dora import reuse_dora_norms
 from hf_delta.adapters.dora.cache import NORMS
 from tests.adapters.dora import (
     LLAMA_LAYERS,
+    a_b_m,
     assert_all_close,
+    assert_right,
     fast_dora,
     layer_of,
     linear_of,
     llama,
+    load,
     model_of,
     move,
     tokens,
@@ -106,43 +109,6 @@ def test_without_reuse_there_is_one_norm_in_every_forward(trained_by_peft, evalu
         found = train(llama(std=0.05), OPTIMIZERS["sgd"])
     assert_same_training(found, trained_by_peft["sgd"], 1e-5)
     assert len(evaluations) == LLAMA_LAYERS * (1 + STEPS * ACCUMULATED)
-
-
-@pytest.fixture
-def trained(fast, evaluations, no_comparing):
-    """A layer, in training, whose optimizer was seen to step; its norm is known."""
-    model = model_of(linear_of())
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model(torch.ones(2, 37)).sum().backward()
-    optimizer.step()
-    model.optimizer = optimizer
-    model(torch.ones(2, 37))
-    evaluations.clear()
-    return model
-
-
-def a_b_m(model):
-    layer = layer_of(model)
-    return [part["default"].weight for part in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)]
-
-
-def exact(model, x):
-    """Dense, in float64."""
-    layer = layer_of(model)
-    a, b, m = (tensor.detach().double() for tensor in a_b_m(model))
-    changed = layer.base_layer.weight.detach().double() + layer.scaling["default"] * b @ a
-    weight = m.unsqueeze(1) * changed / changed.norm(dim=1, keepdim=True)
-    return nn.functional.linear(x.double(), weight, layer.base_layer.bias.detach().double())
-
-
-def assert_right(model):
-    x = torch.randn(6, 37, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(model(x).double(), exact(model, x), rtol=1e-5, atol=1e-5)
-
-
-def load(model, **options):
-    state = {k: v + 0.1 if "lora_" in k else v for k, v in model.state_dict().items()}
-    model.load_state_dict(state, **options)
 
 
 CHANGES = {
@@ -241,44 +207,6 @@ def test_adapters_have_norms_of_their_own(trained):
     trained.set_adapter("default")
     layer_of(trained).set_scale("default", 1.0)
     assert_right(trained)
-
-
-def test_a_rollout_computes_once_and_ends(fast, evaluations, no_comparing):
-    model, x = model_of(linear_of()), torch.ones(2, 37)
-    evaluations.clear()
-    with torch.no_grad():
-        with reuse_dora_norms():
-            model(x)
-            with reuse_dora_norms():
-                model(x)
-            model(x)
-            assert len(evaluations) == 1
-            with torch.enable_grad():
-                model(x)
-            assert len(evaluations) == 2
-        model(x)
-        assert len(evaluations) == 3
-        a_b_m(model)[0].data.add_(0.1)
-        with reuse_dora_norms():
-            assert_right(model)
-    with pytest.raises(ZeroDivisionError), reuse_dora_norms():
-        1 / 0  # noqa: B018
-    assert NORMS.scope == 0
-
-
-def test_generate_is_a_rollout(fast, evaluations, no_comparing):
-    model = llama(std=0.2)
-    expected = None
-    for generating in (model, model.base_model.model):
-        evaluations.clear()
-        out = generating.generate(input_ids=tokens(), max_new_tokens=5, do_sample=False)
-        assert len(evaluations) == LLAMA_LAYERS
-        expected = out if expected is None else expected
-        assert torch.equal(out, expected)
-    with fast_dora(cache=False):
-        evaluations.clear()
-        assert torch.equal(model.generate(input_ids=tokens(), max_new_tokens=5, do_sample=False), expected)
-        assert len(evaluations) == 5 * LLAMA_LAYERS
 
 
 def test_generating_between_steps_leaves_training_as_it_was(trained_by_peft, fast, no_comparing):

@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -108,6 +109,8 @@ class NormCache:
         self.enabled = True
         self._norms: weakref.WeakKeyDictionary[nn.Module, KnownNorm] = weakref.WeakKeyDictionary()
         self._squares: weakref.WeakKeyDictionary[nn.Module, tuple[Seen, torch.Tensor]] = weakref.WeakKeyDictionary()
+        # What is kept for the length of a rollout besides norms, by the `id` of what it belongs to.
+        self.plans: dict[int, Any] = {}
         # The number of the current rollout, 0 outside of one.
         self.scope = self._scopes = self._depth = 0
 
@@ -137,6 +140,7 @@ class NormCache:
             self._depth -= 1
             if self._depth == 0:
                 self.scope = 0
+                self.plans.clear()
 
     def known(
         self, layer: nn.Module, base_layer: nn.Module, a: torch.Tensor, b: torch.Tensor, scaling: float

@@ -10,7 +10,7 @@ from hf_delta._compat.dora import DoraLinearLayer, is_dora
 from hf_delta._compat.torch import runs_plainly
 from hf_delta.adapters.dora.cache import NORMS
 from hf_delta.adapters.dora.functions import FusedDora, compose_change
-from hf_delta.adapters.dora.rollout import PLANS
+from hf_delta.adapters.dora.rollout import make_plan, planned_output
 
 
 def linear_forward(original: Callable) -> Callable:
@@ -19,7 +19,8 @@ def linear_forward(original: Callable) -> Callable:
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         # Any argument more than `x` asks for something else: a mixed batch, or what a base layer of another kind takes.
         if self.lora_variant and not args and not kwargs:
-            output = fused_output(self, x)
+            output = planned_output(self, x)
+            output = fused_output(self, x) if output is None else output
             if output is not None:
                 return output
         return original(self, x, *args, **kwargs)
@@ -104,9 +105,6 @@ def generate(original: Callable) -> Callable:
 
 def fused_output(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     """The output of a LoRA layer in one go; None where that would not be what the layer's modules compute one by one."""
-    plan = None if torch.compiler.is_compiling() else PLANS.get(layer, x)
-    if plan is not None:
-        return plan.output(x)
     if layer.merged_adapters or layer.disable_adapters or torch.compiler.is_compiling():
         return None
     active = layer.active_adapters
@@ -128,7 +126,7 @@ def fused_output(layer: nn.Module, x: torch.Tensor) -> torch.Tensor | None:
     if torch.is_grad_enabled():
         some_zero = NORMS.some_zero(known, magnitude)
         return FusedDora.apply(x, weight, bias, a, b, magnitude, known.norm, scaling, some_zero)
-    return PLANS.make(layer, name, known.norm).output(x)
+    return make_plan(layer, name, known.norm).output(x)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from hf_delta._compat.dora import is_dora, is_dora_or_lora
 from hf_delta.adapters.base.merging import MergedWeight
 from hf_delta.adapters.dora.cache import NORMS
 from hf_delta.adapters.dora.functions import gain, usable_norm
-from hf_delta.adapters.dora.rollout import PLANS
+from hf_delta.adapters.dora.rollout import drop_plan
 from hf_delta.ops.gather import full_tensor
 from hf_delta.ops.norms import factored_row_norms, row_square_norms, times_transposed, widened
 
@@ -128,6 +128,6 @@ def merged_weight(layer: nn.Module, names: list[str], weight: torch.Tensor) -> t
 
 
 def _drop_norms(layer: nn.Module) -> None:
-    PLANS.drop(layer)
+    drop_plan(layer)
     for dora in layer.lora_magnitude_vector.values():
         NORMS.drop(dora)
