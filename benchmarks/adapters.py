@@ -49,6 +49,7 @@ ROWS = [
     Row("train step, peak", "bone", "Bone", "PEFT MiSS", 0.75, "peak"),
     Row("train step", "bat", "bat_row", "PEFT LoRA", 1.20),
     Row("train step", "bat", "bat_col", "PEFT bat", 0.80),
+    Row("train step", "bat", "trained weight", "PEFT bat", None),
     Row("train step, peak", "bat", "bat_col", "PEFT bat", 0.30, "peak"),
     Row("train step", "pmss", "PMSS", "PEFT LoRA", 1.00),
     Row("train step, saved activations", "pmss", "PMSS", "T×k", 1.00, "saved"),

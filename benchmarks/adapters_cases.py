@@ -165,12 +165,14 @@ def bone(sizes: Sizes, device: str) -> Group:
 
 
 def bat(sizes: Sizes, device: str) -> Group:
+    """A weight that is trained itself takes three dense products, and `bat_col` needs the same three."""
     layers = Layers(sizes, device)
     cases = {
         "bat_row": layers.train(layers.adapted(BoneConfig(r=sizes.r, mode="bat_row"))),
         "bat_col": layers.train(layers.adapted(BoneConfig(r=sizes.r, mode="bat_col"))),
         "PEFT LoRA": layers.train(layers.lora()),
         "PEFT bat": layers.train(layers.adapted(MissConfig(r=sizes.r, init_weights="bat"))),
+        "trained weight": layers.train(deepcopy(layers.base).requires_grad_()),
     }
     return Group(cases, peaks=True)
 
