@@ -21,6 +21,8 @@ FUNCTIONS = [
     "evaluation/estimates.py",
     "ops",
     *(path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.glob("adapters/*/functions.py"))),
+    "adapters/bone/additive.py",
+    "adapters/bone/bat.py",
     "adapters/pmss/selection.py",
 ]
 # Rooms from the ground up: a module may import from its own floor and from those before it.
