@@ -1,6 +1,7 @@
 """The private names of TRL that `_compat` uses, against the TRL that is installed."""
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from trl.trainer import grpo_trainer
 from hf_delta._compat import peft as peft_compat
 from hf_delta._compat import transformers as transformers_compat
 from hf_delta._compat import trl as compat
+from hf_delta._compat.imports import when_imported
 
 
 @pytest.mark.parametrize("name", compat.SEAMS)
@@ -116,8 +118,33 @@ def test_peft_stays_usable_where_its_version_is_not_supported():
     assert found.stdout.strip() == "4" and "pip install 'peft" in found.stderr
 
 
-@pytest.mark.parametrize("order", ["import hf_delta; import peft", "import peft; import hf_delta"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import hf_delta; import peft",
+        "import peft; import hf_delta",
+        # What `is_peft_available` of transformers does.
+        "import hf_delta, importlib.util as u; assert u.find_spec('peft').loader.get_code('peft'); import peft",
+    ],
+)
 def test_adapters_are_known_to_peft_whatever_is_imported_first(order):
     code = f"{order}; print(sorted(k for k in peft.PEFT_TYPE_TO_CONFIG_MAPPING if k.startswith('HFD_')))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert [name in found.stdout for name in ("HFD_BONE", "HFD_EDORA", "HFD_PMSS")] == [True] * 3, found.stderr
+
+
+def test_the_watch_for_an_import_outlives_a_failed_one_and_calls_once(tmp_path, monkeypatch):
+    name, calls, finders = "a_package_that_fails_once", [], list(sys.meta_path)
+    (tmp_path / f"{name}.py").write_text("raise ImportError('the first time')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    when_imported(name, lambda: calls.append(name))
+    with pytest.raises(ImportError, match="the first time"):
+        importlib.import_module(name)
+    assert not calls
+    (tmp_path / f"{name}.py").write_text("value = 1")
+    importlib.invalidate_caches()
+    module = importlib.import_module(name)
+    assert module.value == 1 and calls == [name] and sys.meta_path == finders
+    importlib.reload(module)
+    assert calls == [name]

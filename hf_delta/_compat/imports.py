@@ -1,9 +1,7 @@
 """Code that runs when another package is imported."""
 
-import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Callable
 
@@ -17,7 +15,11 @@ def when_imported(package: str, then: Callable[[], object]) -> None:
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Finds one package as everybody else would, and lets its loader call back."""
+    """Finds one package as everybody else would, and lets its loader call back.
+
+    It stays until the package has been imported: others only ask for the spec, as `is_peft_available` of transformers
+    does, or fail and try again.
+    """
 
     def __init__(self, package: str, then: Callable[[], object]):
         self.package, self.then = package, then
@@ -25,11 +27,18 @@ class _Watch(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
         if name != self.package:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _CallingLoader(spec.loader, self.then)
-        return spec
+        for finder in [finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec")]:
+            spec = finder.find_spec(name, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _CallingLoader(spec.loader, self._imported)
+                return spec
+        return None
+
+    def _imported(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+            self.then()
 
 
 class _CallingLoader(importlib.abc.Loader):
