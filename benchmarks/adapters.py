@@ -37,10 +37,10 @@ class Row:
 
 
 ROWS = [
-    Row("train step, norm in the step", "dora", "DoRA", "PEFT LoRA", 1.15),
-    Row("train step, norm cached", "dora", "DoRA, norm cached", "PEFT LoRA", 1.05),
+    Row("train step", "dora", "DoRA, norm in the step", "PEFT LoRA", 1.15),
+    Row("train step", "dora", "DoRA, norm cached", "PEFT LoRA", 1.05),
     Row("train step", "dora", "PEFT DoRA", "PEFT LoRA", None),
-    Row("train step, peak", "dora", "DoRA", "PEFT LoRA", 1.10, "peak"),
+    Row("train step, peak", "dora", "DoRA, norm in the step", "PEFT LoRA", 1.10, "peak"),
     Row("train step, peak", "dora", "PEFT DoRA", "PEFT LoRA", None, "peak"),
     Row("decode, one linear", "decode", "DoRA", "base linear", 1.05),
     Row("decode, one linear", "decode", "PEFT LoRA", "base linear", None),

@@ -122,7 +122,7 @@ def trained(model: nn.Module) -> nn.Module:
 def dora(sizes: Sizes, device: str) -> Group:
     """The norm is taken in the first forward pass after an optimizer step and kept until the next."""
     layers = Layers(sizes, device)
-    ours = {name: layers.lora(use_dora=True) for name in ("DoRA", "DoRA, norm cached")}
+    ours = {name: layers.lora(use_dora=True) for name in ("DoRA, norm in the step", "DoRA, norm cached")}
 
     def fast(layer, stale):
         optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.0)
@@ -136,7 +136,7 @@ def dora(sizes: Sizes, device: str) -> Group:
 
         return prepare
 
-    cases = {name: layers.train(layer, fast(layer, stale=name == "DoRA")) for name, layer in ours.items()}
+    cases = {name: layers.train(layer, fast(layer, stale="cached" not in name)) for name, layer in ours.items()}
     cases |= {
         "PEFT LoRA": layers.train(layers.lora()),
         "PEFT DoRA": layers.train(layers.lora(use_dora=True), lambda x: disable_fast_dora()),
