@@ -37,6 +37,17 @@ def frozen_parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor.to(like.device, like.dtype), requires_grad=like.requires_grad)
 
 
+def into_shards(*modules: nn.Module) -> None:
+    """Have FSDP2 take back the whole parameters that it left in modules after a forward, as it does in the root.
+
+    What is written to those, or put in their place, would be lost with the next exchange. Not for use inside a forward.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for module in modules:
+            # FSDP2's hook on this public method is the one way to its parameters from a module inside of it.
+            module.state_dict()
+
+
 @contextmanager
 def whole_parameters(*modules: nn.Module) -> Iterator[None]:
     """Let modules hold whole copies of their sharded parameters for a while, then the same parameter objects again.

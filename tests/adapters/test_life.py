@@ -129,6 +129,28 @@ def test_several_adapters(kind):
 
 
 @every_kind
+def test_only_active_adapters_are_trained_also_on_layers_that_had_none(kind):
+    model = adapted(kind, target_modules=["q_proj"])
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    model.add_adapter("second", config_of(kind, target_modules=["up_proj"]))
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trained
+    model.set_adapter("second")
+    now = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert now and all(".second." in name and "up_proj" in name for name in now)
+
+
+@every_kind
+def test_a_trained_base_gets_its_gradients(kind):
+    """The fused computations take the base as frozen."""
+    model = adapted(kind)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("base_layer.bias" in name or "o_proj.base_layer.weight" in name)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    gradients = [p.grad for p in model.parameters() if p.requires_grad]
+    assert len(gradients) == 8 and all(g is not None and g.any() for g in gradients)
+
+
+@every_kind
 def test_active_together_adapters_add_up_and_merge_to_the_same(kind):
     model = adapted(kind)
     model.add_adapter("second", config_of(kind))
@@ -142,6 +164,40 @@ def test_active_together_adapters_add_up_and_merge_to_the_same(kind):
     together = logits(model)
     model.merge_adapter()
     assert torch.allclose(logits(model), together, atol=1e-4)
+
+
+@every_kind
+def test_merged_one_after_the_other_they_add_up_too(kind):
+    model = adapted(kind)
+    model.add_adapter("second", config_of(kind))
+    perturb(model.base_model.set_adapter("second") or model, 2, adapter="second")
+    model.base_model.set_adapter(["default", "second"])
+    together = logits(model)
+    before = dict(model.named_parameters())
+    model.merge_adapter(["default"])
+    assert not torch.allclose(logits(model), together, atol=1e-3)
+    model.merge_adapter(["second"])
+    assert torch.allclose(logits(model), together, atol=1e-4)
+    model.unmerge_adapter()
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    assert torch.equal(logits(model), together)
+
+
+@every_kind
+def test_merged_while_disabled_it_is_the_base_model(kind):
+    model = adapted(kind)
+    with model.disable_adapter():
+        model.merge_adapter()
+        assert torch.equal(logits(model), logits(base_model()))
+
+
+@every_kind
+def test_disabling_takes_merged_adapters_out_before_any_forward(kind):
+    model = adapted(kind)
+    weights = [layer.base_layer.weight for layer in layers(model)]
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert all(layer.base_layer.weight is weight for layer, weight in zip(layers(model), weights))
 
 
 @every_kind
@@ -421,6 +477,25 @@ def test_broken_files_are_refused_before_anything_is_computed(kind, tmp_path, ba
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(InputError, match="holds NaN or infinite values"):
         logits(PeftModel.from_pretrained(loaded(base_dir), tmp_path))
+
+
+@every_kind
+def test_broken_values_are_refused_when_they_come_late_and_of_the_adapter_in_use_only(kind):
+    """After a forward, and when another adapter's name begins alike."""
+    model = adapted(kind)
+    expected = logits(model)
+    model.add_adapter("default2", config_of(kind))
+    state = peft.get_peft_model_state_dict(model, adapter_name="default2")
+    model.set_adapter("default2")
+    logits(model)
+    model.set_adapter("default")
+    broken = {n: torch.full_like(t, float("nan")) if t.is_floating_point() else t for n, t in state.items()}
+    peft.set_peft_model_state_dict(model, broken, "default2")
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model), "default")
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("default2")
+    with pytest.raises(InputError, match="q_proj, adapter 'default2': .* holds NaN"):
+        logits(model)
 
 
 @every_kind

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer
 from tests.adapters.life import DORA, KINDS
 from tests.distributed.fsdp_on_cpu import FSDP2, fsdp_on_cpu
-from tests.distributed.sharded_adapters import sharded_adapter
+from tests.distributed.sharded_adapters import left_whole, sharded_adapter
 from tests.rl.frozen import GENERATIONS, PROMPTS, GradientRecorder, frozen_rollouts
 from tests.rl.test_resume import StopAt
 from tests.rl.test_trainer import build as build_trainer
@@ -130,4 +130,5 @@ CASES = {
     "delta_l_fsdp2": under_fsdp2(frozen_gradient),
     "resume_fsdp2": under_fsdp2(resume),
     **{f"fully_shard_{kind}": partial(sharded_adapter, kind=kind) for kind in [*KINDS, *DORA]},
+    "left_whole": left_whole,
 }

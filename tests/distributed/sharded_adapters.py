@@ -1,11 +1,13 @@
 """Adapters under `fully_shard`, without a trainer, against one process: gradients, one SGD step, merging and back."""
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import distribute_tensor as distribute
 
+from hf_delta import InputError
 from hf_delta.adapters.dora import fast_dora
 from tests.adapters import life
 
@@ -60,3 +62,58 @@ def compare(kind):
     found["expected"]["unmerged"], found["found"]["unmerged"] = values(one), values(two)
     found["forward"] = (two(input_ids=ids).logits - one(input_ids=ids).logits).abs().max().item()
     return found
+
+
+def untied(reshard=None):
+    """Adapters on a layer of a block and on one of the root, which FSDP2 leaves whole after a forward; sharded or not."""
+    base = life.base_model()
+    base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach() * 1.3)
+    base.config.tie_word_embeddings = False
+    model = life.adapted("bone", base, target_modules=["q_proj", "lm_head"])
+    if reshard is not None:
+        shard(model, reshard_after_forward=reshard)
+    return model
+
+
+def shard(model, **settings):
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (*model.base_model.model.model.layers, model):
+        fully_shard(part, mesh=mesh, **settings)
+
+
+def left_whole(world, folder):
+    """Errors of the logits, by `reshard_after_forward` and what was done before."""
+    errors = {}
+    for reshard in (True, False):
+        model, one = untied(reshard), untied()
+        adapted = life.logits(one)
+        with one.disable_adapter():
+            base = life.logits(one)
+
+        def see(what, expected, model=model, reshard=reshard):
+            errors[f"{what}, {reshard}"] = (life.logits(model) - expected).abs().max().item()
+
+        see("plain", adapted)
+        model.merge_adapter()
+        see("merged", adapted)
+        model.state_dict()
+        see("merged and into shards", adapted)
+        model.unmerge_adapter()
+        with model.disable_adapter():
+            see("disabled", base)
+        model.merge_adapter()
+        see("merged again", adapted)
+        with model.disable_adapter():
+            see("disabled while merged", base)
+        see("enabled", adapted)
+        model(input_ids=life.IDS, labels=life.IDS).loss.backward()
+        errors[f"no gradient, {reshard}"] = sum(p.grad is None for p in model.parameters() if p.requires_grad)
+        trained = sum(p.requires_grad for p in model.parameters())
+        errors[f"not trained, {reshard}"] = sum(p.requires_grad for p in one.parameters()) - trained
+    tied = life.adapted("bone", target_modules=["q_proj", "lm_head"])
+    shard(tied)
+    try:
+        tied.merge_adapter()
+    except InputError as error:
+        return {"errors": errors, "refused": str(error)}
+    return {"errors": errors, "refused": ""}

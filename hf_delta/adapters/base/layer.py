@@ -13,7 +13,7 @@ from hf_delta._compat.torch import runs_plainly, write_count
 from hf_delta.adapters.base.config import DeltaAdapterConfig
 from hf_delta.adapters.base.merging import MergedWeight
 from hf_delta.errors import InputError
-from hf_delta.ops.gather import whole_parameters
+from hf_delta.ops.gather import into_shards, whole_parameters
 
 
 class AdapterWeight(nn.Module):
@@ -93,10 +93,10 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
         Raises:
             `InputError`: its tensors cannot be right for this layer.
         """
-        prefixes = tuple(f"{name}.{adapter}" for name in (*self.adapter_layer_names, *self.other_param_names))
+        own = {f"{name}.{adapter}" for name in (*self.adapter_layer_names, *self.other_param_names)}
         # Not from state_dict, which under FSDP2 puts a layer back into shards in the middle of its forward.
         for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            if name.startswith(prefixes) and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if name.removesuffix(".weight") in own and tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise InputError(
                     f"adapter {adapter!r}: {name} holds NaN or infinite values, so the file that it came from is broken "
                     "or training diverged; go back to an earlier checkpoint."
@@ -164,6 +164,7 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
         names = [name for name in self.not_yet_merged(adapter_names) if name in self.adapters]
         if not names:
             return
+        self.into_shards()
         weight = self.original_weight()
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.no_grad(), whole_parameters(*self.adapter_modules):
@@ -184,9 +185,24 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit."""
         if self._merged_weight is not None:
+            self.into_shards()
             self._merged_weight.restore(self)
         self._merged_weight = None
         self.merged_adapters.clear()
+
+    def into_shards(self) -> None:
+        """Have FSDP2 take back what it left whole after a forward; the flags and values of those copies do not last."""
+        # A quantised layer rearranges its weight when its state is asked for.
+        base = [self.get_base_layer()] if self.quantization_backend is None else []
+        into_shards(*base, *self.adapter_modules)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Let adapters count, or not; merged ones are taken out of the weight."""
+        # Not left to the forward: there FSDP has put a whole copy in the place of the weight, with the adapters in it.
+        self.into_shards()
+        if not enabled:
+            self.unmerge()
+        super().enable_adapters(enabled)
 
     # -- forward ----------------------------------------------------------------------------------------------------
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """The tuner: puts adapted layers into a model."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from hf_delta._compat.peft import TunerHooks
 from hf_delta.adapters.base.config import DeltaAdapterConfig
 from hf_delta.adapters.base.layer import DeltaLinear
 from hf_delta.errors import InputError
+from hf_delta.ops.gather import is_sharded
 
 
 # Seconds after which a bar shows.
@@ -72,7 +74,9 @@ class DeltaModel(TunerHooks):
             `ValueError`: the model is in training mode, or there is no adapter of a name.
         """
         if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when the model is in training mode. Call model.eval() first."
+            )
         layers = self.adapted_layers()
         known = {name for layer in layers for name in layer.adapters}
         if unknown := set(adapter_names) - known - {"__base__"}:
@@ -88,11 +92,36 @@ class DeltaModel(TunerHooks):
             for layer in layers:
                 layer.mixed_adapters = None
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """
+        Raises:
+            `InputError`: a sharded weight is tied to another one, which merging would change with it.
+        """
+        self._check_tied_shards()
+        super().merge_adapter(*args, **kwargs)
+
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """PEFT's; of a quantised model, the layers that had an adapter become dense, and its configuration says so."""
+        """PEFT's; of a quantised model, the layers that had an adapter become dense, and its configuration says so.
+
+        Raises:
+            `InputError`: as [`merge_adapter`].
+        """
+        self._check_tied_shards()
         model = super().merge_and_unload(*args, **kwargs)
         declare_dense(model)
         return model
+
+    def _check_tied_shards(self) -> None:
+        for layer in self.adapted_layers():
+            layer.into_shards()
+        holders = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
+        for layer in self.adapted_layers():
+            weight = layer.get_base_layer().weight
+            if is_sharded(weight) and holders[id(weight)] > 1:
+                raise InputError(
+                    f"{layer.path}: its weight is sharded and tied to that of another module, which merging would change "
+                    "too. Save the adapter, and merge it with hf-delta export --format merged."
+                )
 
     @classmethod
     def check_state(cls, model: nn.Module, adapter_name: str, state: dict[str, torch.Tensor]) -> None:
