@@ -27,7 +27,7 @@ FUNCTIONS = [
 ]
 # Rooms from the ground up: a module may import from its own floor and from those before it.
 FLOORS = [
-    ["errors.py", "__init__.py", "_compat/__init__.py", "_compat/imports.py"],
+    ["errors.py", "__init__.py", "_compat/__init__.py", "_compat/imports.py", "_compat/versions.py"],
     ["imports.py", "checkpoint.py", "ops", "_compat"],
     ["adapters/base"],
     ["adapters/bone", "adapters/dora", "adapters/edora", "adapters/pmss"],

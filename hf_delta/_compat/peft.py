@@ -4,7 +4,6 @@ PEFT has a public function that registers a method, but it accepts only names th
 `tests/test_seams.py` compares the recorded signatures with the installed PEFT.
 """
 
-import importlib.metadata
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,13 +12,31 @@ from typing import Any
 
 import torch
 from packaging.specifiers import SpecifierSet
-from peft import PeftConfig, PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
-from peft.utils import register_peft_method
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from hf_delta._compat.versions import require_supported
+
+
+SUPPORTED_PEFT = SpecifierSet(">=0.21,<0.22")
+
+
+def require_supported_peft(installed: str | None = None) -> None:
+    """
+    Raises:
+        `ImportError`: the installed PEFT is outside the tested range.
+    """
+    require_supported("peft", "PEFT", SUPPORTED_PEFT, installed)
+
+
+require_supported_peft()
+
+# After the version check, which has the better message.
+from peft import PeftConfig, PeftType  # noqa: E402
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING  # noqa: E402
+from peft.tuners._buffer_dict import BufferDict  # noqa: E402
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge  # noqa: E402
+from peft.utils import register_peft_method  # noqa: E402
+from peft.utils.other import AuxiliaryTrainingWrapper  # noqa: E402
 
 
 __all__ = [
@@ -31,8 +48,6 @@ __all__ = [
     "register_method",
     "require_supported_peft",
 ]
-
-SUPPORTED_PEFT = SpecifierSet(">=0.21,<0.22")
 
 # Parameters of each private method that is overridden or called, as of PEFT 0.21.
 TUNER_SEAMS: dict[str, tuple[str, ...]] = {
@@ -54,23 +69,6 @@ LAYER_SEAMS: dict[str, tuple[str, ...]] = {
 }
 # Read by `PeftModel` on its tuner where it exists, and attributes of every tuner layer.
 ATTRIBUTES: tuple[str, ...] = ("_enable_peft_forward_hooks", "_active_adapter", "_disable_adapters")
-
-
-def require_supported_peft(installed: str | None = None) -> None:
-    """Refuse a PEFT whose private names were not recorded.
-
-    Raises:
-        `ImportError`: the installed PEFT is outside the tested range; the message says what to install.
-    """
-    installed = installed or importlib.metadata.version("peft")
-    if not SUPPORTED_PEFT.contains(installed, prereleases=True):
-        raise ImportError(
-            f"hf_delta uses private methods of PEFT that were recorded for peft{SUPPORTED_PEFT}, and peft {installed} is "
-            f"installed. Run: pip install 'peft{SUPPORTED_PEFT}'"
-        )
-
-
-require_supported_peft()
 
 
 def peft_type(name: str) -> PeftType:

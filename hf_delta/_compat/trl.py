@@ -4,7 +4,6 @@ Nothing else in the package names a private attribute of TRL. [`GRPOHooks`] turn
 names, so that a new TRL release is one file's work; `tests/test_seams.py` compares the signatures with the installed TRL.
 """
 
-import importlib.metadata
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,23 +14,18 @@ import torch
 from accelerate.utils import gather_object
 from packaging.specifiers import SpecifierSet
 
+from hf_delta._compat.versions import require_supported
+
 
 SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
 
 
 def require_supported_trl(installed: str | None = None) -> None:
-    """Refuse a TRL whose private names were not recorded.
-
-    Raises:
-        `ImportError`: the installed TRL is outside the tested range; the message says what to install.
     """
-    installed = installed or importlib.metadata.version("trl")
-    # A development version of 1.17 is below 1.17 and not in `<1.17`, which is what it must be.
-    if not SUPPORTED_TRL.contains(installed, prereleases=True):
-        raise ImportError(
-            f"hf_delta uses private methods of TRL that were recorded for trl{SUPPORTED_TRL}, and trl {installed} is "
-            f"installed. Run: pip install 'trl{SUPPORTED_TRL}'"
-        )
+    Raises:
+        `ImportError`: the installed TRL is outside the tested range.
+    """
+    require_supported("trl", "TRL", SUPPORTED_TRL, installed)
 
 
 require_supported_trl()
