@@ -7,8 +7,9 @@ answers to held-out problems: `new`, the accuracy on subtraction, and `old`, the
 is a base model, pre-trained from scratch, with its own training data, held-out problems and adapter initialisation.
 
 Learning rates are tuned on seeds of their own: factors of 4 until the best is inside, then factors of 2 around it; once
-for `new` alone and once for the mean of `new` and `old`. At both, methods are compared on the final seeds, paired with
-LoRA. Every run is written at once, and started again the study goes on where it was.
+for `new` alone and once for the mean of `new` and `old`. A third one is where `new` reaches 0.75, so that forgetting is
+compared after equal learning. At all three, methods are compared on the final seeds, paired with LoRA. Every run is written
+at once, and started again the study goes on where it was.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from hf_delta.playground.pretrain import response_loss
 
 
 STEPS, WARMUP = 60, 6
+LEVEL = 0.75  # of subtraction, at which forgetting is compared
 WIDEST = 8  # powers of 2 from where the search starts
 PEFT_DORA = "DoRA, PEFT's computation"
 GOALS = {"new": lambda run: run["new"], "both": lambda run: (run["new"] + run["old"]) / 2}
@@ -125,7 +127,10 @@ def train_step(model, optimizer, batch):
 
 
 def tune(study: Study, method: str, seeds: list[int], progress=lambda: None) -> dict[str, float]:
-    """The learning rate that is best on the tuning seeds, for every goal; neighbours at factors of 2 are no better."""
+    """The learning rate that is best on the tuning seeds, for every goal; neighbours at factors of 2 are no better.
+
+    And the one at which all methods have learnt about as much.
+    """
     scores = {}
 
     def runs(exponent):
@@ -145,7 +150,21 @@ def tune(study: Study, method: str, seeds: list[int], progress=lambda: None) -> 
         while (top := best(goal, tried)) in (tried[0], tried[-1]) and abs(top) < WIDEST:
             tried = sorted([*tried, top + (2 if top > 0 else -2)])
         chosen[goal] = METHODS[method].lr * 2.0 ** best(goal, [top - 1, top, top + 1])
-    return chosen
+    learnt = [(METHODS[method].lr * 2.0**e, statistics.mean(run["new"] for run in runs(e))) for e in sorted(scores)]
+    return {**chosen, "equal": rate_reaching(LEVEL, learnt) or chosen["new"]}
+
+
+def rate_reaching(level: float, learnt: list[tuple[float, float]]) -> float | None:
+    """The lowest learning rate that gives an accuracy, between two that were tried; None if none gives it.
+
+    Args:
+        learnt: learning rates from low to high with their accuracies.
+    """
+    for (low, before), (high, after) in zip(learnt, learnt[1:]):
+        if before < level <= after:
+            lr = low * (high / low) ** ((level - before) / (after - before))
+            return float(f"{lr:.2g}")
+    return None
 
 
 def costs(study: Study, methods: list[str], seed: int, rounds: int) -> dict[str, dict]:
@@ -188,8 +207,8 @@ def conduct(study: Study, methods: list[str], tuning: list[int], seeds: list[int
     """Tunes every method, runs the final seeds, measures the costs; writes all of it into the study."""
     content = study.content
     content.update(tuning_seeds=tuning, final_seeds=seeds, chosen={})
-    # Six learning rates are tried as a rule, one of them or two are run on the final seeds.
-    expected = len(methods) * (6 * len(tuning) + 2 * len(seeds))
+    # As a rule seven learning rates are tried.
+    expected = len(methods) * (7 * len(tuning) + 3 * len(seeds))
     with tqdm(total=expected, desc="fine-tuning", unit="run", smoothing=0.05) as bar:
         for method in methods:
             bar.set_postfix_str(f"{method}, learning rate")

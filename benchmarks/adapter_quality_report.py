@@ -8,19 +8,15 @@ import statistics
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 T_995 = (127.321, 14.089, 7.453, 5.598, 4.773, 4.317, 4.029, 3.833, 3.690)
 
-TITLES = {"new": "Learning rate tuned for subtraction alone", "both": "Learning rate tuned for the mean of both"}
+TITLES = {
+    "new": "Learning rate tuned for subtraction alone",
+    "both": "Learning rate tuned for the mean of both",
+    "equal": "Learning rate for 0.75 on subtraction (tuning seeds)",
+}
 COLOURS = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#CC79A7",
-    "#0072B2",
-    "#D55E00",
-    "#8C564B",
-    "#7F7F7F",
-    "#BCBD22",
-)
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#0072B2", "#D55E00", "#8C564B", "#7F7F7F", "#BCBD22", "#E41A1C"
+)  # fmt: skip
+MARKERS = "osD^vPXphd*"
 
 
 def interval(values, quantiles=T_95):
@@ -99,59 +95,60 @@ def _costs(content, methods):
 
 
 def draw(content, path):
+    """Differences to LoRA with their paired intervals: what is learnt against what is lost, and against step time."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5.2), layout="constrained")
-    colours = dict(zip(content["chosen"], COLOURS * 2))
-    _draw_trade(left, content, colours)
-    _draw_cost(right, content, colours)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=130)
+    figure, axes = plt.subplots(2, 2, figsize=(12.5, 9), layout="constrained")
+    for place, goal in zip(axes.flat, TITLES):
+        _draw_trade(place, content, goal)
+    _draw_cost(axes.flat[3], content)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=100)
 
 
-def _draw_trade(axes, content, colours):
-    """Learnt against kept: a thin line through the tuned learning rates, points with intervals at the chosen ones."""
-    for method, colour in colours.items():
-        curve = _curve(content, method)
-        axes.plot([new for new, _ in curve], [lost for _, lost in curve], color=colour, linewidth=0.8, alpha=0.5)
-        for goal, marker in (("new", "s"), ("both", "o")):
-            found = results(content, method, goal)
-            (new, new_half), (lost, lost_half) = interval(found["new"]), interval(found["lost"])
-            axes.errorbar(
-                new, lost, xerr=new_half, yerr=lost_half, color=colour, marker=marker, markersize=6, linewidth=1.2,
-                linestyle="none", label=method if goal == "both" else None,
-            )  # fmt: skip
+def _styles(content):
+    return {
+        method: {
+            "color": colour,
+            "marker": marker,
+            "label": method,
+            "linewidth": 1,
+            "markersize": 7,
+            "linestyle": "none",
+        }
+        for method, colour, marker in zip(content["chosen"], COLOURS, MARKERS)
+    }
+
+
+def _relative(content, method, goal, measure):
+    """Mean paired difference to LoRA and half of its interval; LoRA itself is at 0."""
+    pairs = zip(results(content, method, goal)[measure], results(content, "LoRA", goal)[measure])
+    return interval([ours - theirs for ours, theirs in pairs])
+
+
+def _draw_trade(axes, content, goal):
+    for method, style in _styles(content).items():
+        (new, new_half), (lost, lost_half) = (_relative(content, method, goal, m) for m in ("new", "lost"))
+        axes.errorbar(new, lost, xerr=new_half, yerr=lost_half, **style)
+    for line in (axes.axhline, axes.axvline):
+        line(0, color="grey", linewidth=0.8, zorder=0)
     axes.invert_yaxis()
-    axes.set_xlabel("accuracy on subtraction, the new task")
-    axes.set_ylabel("accuracy lost on addition, the old task (less is up)")
-    axes.set_title(
-        "Circles: tuned for both, squares: for the new task alone\nlines: other learning rates, tuning seeds"
-    )
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_xlabel("accuracy on subtraction minus LoRA's (new task)")
+    axes.set_ylabel("accuracy lost on addition minus LoRA's (up: forgets less)")
+    axes.set_title(TITLES[goal])
 
 
-def _curve(content, method):
-    """Mean new accuracy and mean loss of old accuracy at every learning rate that tuning tried, in their order."""
-    by_lr = {}
-    for run in content["runs"]:
-        if run["method"] == method and run["seed"] in content["tuning_seeds"]:
-            lost = content["bases"][str(run["seed"])]["old"] - run["old"]
-            by_lr.setdefault(run["lr"], []).append((run["new"], lost))
-    return [[statistics.mean(column) for column in zip(*by_lr[lr])] for lr in sorted(by_lr)]
-
-
-def _draw_cost(axes, content, colours):
-    for method, colour in colours.items():
+def _draw_cost(axes, content):
+    for method, style in _styles(content).items():
         low, middle, high = content["costs"][method]["ratio"]
-        for goal, marker in (("new", "s"), ("both", "o")):
-            new, half = interval(results(content, method, goal)["new"])
-            axes.errorbar(
-                middle, new, xerr=[[middle - low], [high - middle]], yerr=half, color=colour, marker=marker,
-                markersize=6, linewidth=1.2, linestyle="none",
-            )  # fmt: skip
-    axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set_xlabel("CPU time of a training step / LoRA's")
-    axes.set_ylabel("accuracy on subtraction")
-    axes.set_title("What a step costs in a model this small:\nmostly calls, hardly arithmetic")
+        new, half = _relative(content, method, "both", "new")
+        axes.errorbar(middle, new, xerr=[[middle - low], [high - middle]], yerr=half, **style)
+    axes.axhline(0, color="grey", linewidth=0.8, zorder=0)
+    axes.axvline(1, color="grey", linewidth=0.8, zorder=0)
+    axes.set_xlabel("CPU time of a training step / LoRA's (this model)")
+    axes.set_ylabel("accuracy on subtraction minus LoRA's (new task)")
+    axes.set_title("Step time; learning rate tuned for the mean of both")

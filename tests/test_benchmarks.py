@@ -99,10 +99,12 @@ def test_quality_of_adapters_compares_equal_numbers_of_parameters(monkeypatch, t
     assert set(content["chosen"]) == set(module.METHODS)
     keys = [(run["method"], run["lr"], run["seed"]) for run in content["runs"]]
     assert len(keys) == len(set(keys)) and {seed for *_, seed in keys} == {0, 1, 2}
-    # Two tables of quality with all methods, and one of costs with PEFT's DoRA besides; each has two lines of head.
+    # Three tables of quality with all methods, and one of costs with PEFT's DoRA besides; each has two lines of head.
     printed = capsys.readouterr().out
-    assert printed.count("\n|") == 3 * (len(module.METHODS) + 2) + 1
+    assert printed.count("\n|") == 4 * (len(module.METHODS) + 2) + 1
     assert (tmp_path / "adapter_quality.png").stat().st_size > 10_000
+    assert module.rate_reaching(0.5, [(1e-3, 0.1), (4e-3, 0.9)]) == 2e-3
+    assert module.rate_reaching(0.5, [(1e-3, 0.1), (4e-3, 0.4)]) is None
     monkeypatch.setattr(module.Study, "_train", lambda *_: pytest.fail("a run that is in the file was started again"))
     module.main(arguments)
     assert json.loads((tmp_path / "adapter_quality.json").read_text())["runs"] == content["runs"]
