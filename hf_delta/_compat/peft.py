@@ -139,7 +139,8 @@ class TunerHooks(BaseTuner):
             yield
             return
         names = list(adapter_names)
-        beams = (kwargs.get("num_beams") or 1) * (kwargs.get("num_return_sequences") or 1)
+        # `generate` repeats rows for whichever of the two is more.
+        beams = max(kwargs.get("num_beams") or 1, kwargs.get("num_return_sequences") or 1)
         # Modules that are trained whole have a copy for each adapter, and take the names with their input.
         wholes = [module for module in self.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
         hook = partial(_pass_adapter_names, names=names)
@@ -165,6 +166,9 @@ def _pass_adapter_names(module: nn.Module, args: tuple, kwargs: dict, names: lis
 
 class TunerLayerHooks(BaseTunerLayer):
     """`BaseTunerLayer` with plain names for what a layer needs of it."""
+
+    # Set by `peft.helpers.disable_input_dtype_casting`; our layers never cast an input, so that nothing reads it.
+    cast_input_dtype_enabled = True
 
     def start_unmerged(self, adapter_name: str) -> None:
         """The state of a layer that was just made: one active adapter, nothing merged, nothing disabled."""

@@ -129,6 +129,18 @@ def test_several_adapters(kind):
 
 
 @every_kind
+def test_an_adapter_of_a_name_that_was_used_has_nothing_of_the_former(kind):
+    model, fresh = adapted(kind), adapted(kind, std=0.0, r=config_of(kind).r // 2)
+    logits(model)
+    model.delete_adapter("default")
+    model.add_adapter("default", config_of(kind, r=config_of(kind).r // 2))
+    model.set_adapter("default")
+    for each in (model, fresh):
+        perturb(each, 4)
+    assert torch.equal(logits(model), logits(fresh))
+
+
+@every_kind
 def test_only_active_adapters_are_trained_also_on_layers_that_had_none(kind):
     model = adapted(kind, target_modules=["q_proj"])
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -377,6 +389,7 @@ def test_autocast(kind, dtype):
         loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()
     assert loss.item() == pytest.approx(exact, rel=0.03) and loss.item() != exact
+    assert model(input_ids=IDS, labels=IDS).loss.item() == exact
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
 
 
@@ -396,8 +409,14 @@ def test_mixed_batches(kind):
     assert torch.equal(logits(model), default)
     settings = {"max_new_tokens": 3, "do_sample": False, "num_beams": 2}
     beams = model.generate(input_ids=IDS, adapter_names=names, **settings)
+    twice = model.generate(input_ids=IDS, adapter_names=names, **{**settings, "num_return_sequences": 2})
+    sampled = {"max_new_tokens": 3, "do_sample": True, "top_k": 1, "num_return_sequences": 2}
+    rows = model.generate(input_ids=IDS, adapter_names=names, **sampled)
     model.set_adapter("second")
     assert torch.equal(beams[0], model.generate(input_ids=IDS[:1], **settings)[0])
+    alone = model.generate(input_ids=IDS[:1], **{**settings, "num_return_sequences": 2})
+    assert len(twice) == 6 and torch.equal(twice[:2], alone)
+    assert torch.equal(rows[:2], model.generate(input_ids=IDS[:1], **sampled))
     with pytest.raises(ValueError, match=r"non-existing adapter\(s\): third. There are: default, second"):
         model(input_ids=IDS, adapter_names=["third", "second", "default"])
     with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
