@@ -87,3 +87,36 @@ def test_nothing_stale_without_gradients(write):
         fresh.load_state_dict(layer.state_dict())
         assert not torch.allclose(before, after)
         assert torch.equal(after, fresh(x))
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_nothing_stale_when_the_weight_is_written(gradients):
+    layer, fresh = layer_of(model_of(linear_of())), layer_of(model_of(linear_of()))
+    x = rows(3, 12)
+    for each in (layer, fresh):
+        with torch.no_grad():
+            for parameter in trained(each):
+                parameter.add_(0.3)
+    with torch.set_grad_enabled(gradients):
+        before = layer(x)
+        for each in (layer, fresh):
+            with torch.no_grad():
+                each.base_layer.weight.mul_(1.1)
+        after = layer(x)
+        assert not torch.allclose(before, after)
+        assert torch.equal(after, fresh(x))
+
+
+def test_its_dora_has_its_gain_also_over_a_weight_that_was_rounded():
+    """DoRA divides by the norms of the weight at hand, EDoRA by those that were saved."""
+    layer = layer_of(model_of(linear_of()))
+    with torch.no_grad():
+        for parameter in trained(layer):
+            parameter.add_(0.3)
+        layer.base_layer.weight.copy_(layer.base_layer.weight.bfloat16())
+        a, b, magnitude = layer.dora_factors("default")
+        weight, x = layer.base_layer.weight + b @ a, rows(3, 12)
+        dense = weight * (magnitude / weight.norm(dim=1))[:, None]
+        assert torch.allclose(layer(x) - layer(torch.zeros_like(x)), x @ dense.T, atol=1e-5)
+        saved = layer.hfd_edora_magnitude["default"].weight
+        assert not torch.allclose(magnitude, saved, atol=1e-6)

@@ -137,6 +137,19 @@ class EdoraLinear(DeltaLinear):
                     f"({self.out_features} x {self.in_features}), so that it was made for another base model, or its file "
                     "is incomplete. Load the base model that adapter_config.json names."
                 )
+            if adapter in self.hfd_edora_magnitude:
+                self._check_magnitude(adapter, row_square_norms(weight).sqrt_())
+
+    def _check_magnitude(self, adapter: str, expected: torch.Tensor) -> None:
+        # Zeros stand where a file that is to give the values did not have them, and would silence the whole layer.
+        norm, magnitude = self.hfd_edora_norm[adapter], self.hfd_edora_magnitude[adapter].weight
+        far = torch.linalg.norm(norm.to(expected.dtype) - expected) > FACTOR_TOLERANCE * torch.linalg.norm(expected)
+        if far or (norm.any() and not magnitude.any()):
+            raise InputError(
+                f"adapter {adapter!r}: its magnitudes or the norms of the rows are missing or not those of this layer's "
+                f"weight ({self.out_features} x {self.in_features}): the file is incomplete, or was written with magnitude: "
+                "false. Take adapter_config.json and adapter_model.safetensors as one save_pretrained wrote them."
+            )
 
     # -- the change -------------------------------------------------------------------------------------------------
     def delta_weight(self, adapter: str, weight: torch.Tensor) -> torch.Tensor:
@@ -193,8 +206,7 @@ class EdoraLinear(DeltaLinear):
             trained.append(self.hfd_edora_magnitude[adapter].weight)
         known = self._folds.get(adapter)
         if known is not None and known.key == key and all(map(torch.equal, known.trained, trained)):
-            if known.right.dtype == dtype:
-                return known
+            return known
         right, outer = (factor.to(dtype) for factor in self._low_rank(adapter))
         gain = self._gain(adapter) if len(trained) == 2 else None
         folded = Folded(key, [weight.detach().clone() for weight in trained], right, outer, gain)
