@@ -66,6 +66,19 @@ def test_a_file_without_factors_is_refused(tmp_path):
         loaded(input_ids=IDS)
 
 
+@pytest.mark.parametrize("missing", ["magnitude", "norm"])
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_file_without_magnitudes_is_refused(tmp_path, missing, low_cpu_mem_usage):
+    adapted("edora").save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    kept = {n: t for n, t in tensors.items() if f"hfd_edora_{missing}" not in n}
+    assert len(kept) < len(tensors)
+    save_file(kept, tmp_path / "adapter_model.safetensors")
+    with pytest.raises((InputError, RuntimeError), match="magnitudes or the norms|Missing|missing|meta"):
+        loaded = PeftModel.from_pretrained(base_model(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        loaded(input_ids=IDS)
+
+
 def test_a_second_adapter_has_the_factors_of_an_equal_first():
     model = adapted("edora", svd_niter=0)
     first = layers(model)[0]
