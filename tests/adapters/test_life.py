@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -529,6 +530,14 @@ def test_layers_of_another_type_are_refused(kind):
         model = nn.ModuleDict({"embed_tokens": nn.Embedding(4, 8), "attention": nn.MultiheadAttention(8, 2)})
         with pytest.raises(InputError, match=f"{target}.*{said}|{said}"):
             get_peft_model(model, config_of(kind, target_modules=[target], task_type=None))
+
+
+@every_kind
+def test_peft_may_ask_for_inputs_not_to_be_cast(kind):
+    model = adapted(kind)
+    before = logits(model)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(logits(model), before)
 
 
 @every_kind

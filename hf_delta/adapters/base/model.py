@@ -141,5 +141,5 @@ def _check_kind(module: nn.Module) -> None:
     if read_only or not (isinstance(module, kinds) or resolve_quantization_backend(module) is not None):
         raise InputError(
             f"a {type(module).__name__} cannot be adapted: name linear layers in target_modules (nn.Linear, Conv1D or "
-            "quantised ones), or write target_modules: all-linear, and name others in modules_to_save."
+            "quantised ones) and leave this one out with exclude_modules; modules_to_save trains others whole."
         )
