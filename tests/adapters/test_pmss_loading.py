@@ -68,6 +68,26 @@ def test_rounding_to_16_bits_is_no_other_model_but_five_percent_are(saved, dtype
         logits(PeftModel.from_pretrained(moved, saved))
 
 
+def test_an_adapter_of_a_quantised_base_is_taken_over_the_dense_one_and_no_other():
+    """What it was trained on differs from the dense weight by its rounding; `record[2]` says so."""
+    layer = layers(adapted())[0]
+    saved = skeleton_probes(
+        layer.original_weight(), *(b["default"] for b in (layer.hfd_pmss_rows, layer.hfd_pmss_columns))
+    )
+    found = saved.clone()
+    found[1:] += 0.1 * saved[0]
+    for quantised in (0.0, 1.0):
+        record = torch.cat([torch.tensor([1.0, 1.0, quantised], dtype=torch.float64), found])
+        layer.hfd_pmss_record["default"] = record.view(torch.int64)
+        layer.unchecked.add("default")
+        x = torch.zeros(1, layer.in_features)
+        if quantised:
+            layer(x)
+        else:
+            with pytest.raises(InputError, match=REFUSED):
+                layer(x)
+
+
 @pytest.mark.parametrize("quantised_type", ["nf4", "fp4"])
 def test_rounding_to_4_bits_is_no_other_model(quantised_type):
     functional = pytest.importorskip("bitsandbytes").functional

@@ -141,6 +141,29 @@ def test_merged_unloaded_and_saved_it_is_not_quantised_again(base_dir, kind, tar
     assert torch.allclose(logits(again), merged, atol=1e-2 if targets != "all-linear" else 1e-6)
 
 
+@every_kind
+@every_format
+def test_a_merged_layer_keeps_its_bias(kind, bits, tmp_path):
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=24,
+        attention_bias=True,
+        pad_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.bias.uniform_(1, 2)
+    model.save_pretrained(tmp_path)
+    layer = layers(adapted(str(tmp_path), bits, kind, target_modules=["q_proj"]))[0]
+    bias = layer.base_layer.bias.clone()
+    layer.merge()
+    assert type(layer.base_layer) is nn.Linear and bias.min() > 0.9
+    assert torch.equal(layer(torch.zeros(1, 64))[0], bias)
+
+
 @pytest.mark.parametrize("bits", ["nf4", "fp4"])
 def test_the_weight_of_a_4_bit_layer_that_was_packed_for_the_processor(base_dir, bits):
     model = adapted(base_dir, bits, "bone").eval()
