@@ -11,7 +11,7 @@ import torch
 import transformers
 from peft.import_utils import is_bnb_4bit_available, is_bnb_available
 from peft.tuners.lora import bnb, dora, layer, variants
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from hf_delta._compat.peft import require_supported_peft
@@ -42,6 +42,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
     "Linear4bit.unmerge": ("self",),
     "Linear8bitLt.merge": ("self", "safe_merge", "adapter_names"),
     "Linear8bitLt.unmerge": ("self",),
+    "BaseTunerLayer.enable_adapters": ("self", "enabled"),
     "BaseTuner.merge_and_unload": ("self", "progressbar", "safe_merge", "adapter_names"),
     "GenerationMixin.generate": (
         "self",
@@ -71,6 +72,7 @@ def classes() -> dict[str, type]:
         "DoraLinearLayer": dora.DoraLinearLayer,
         "Linear": layer.Linear,
         "BaseTuner": BaseTuner,
+        "BaseTunerLayer": BaseTunerLayer,
         "GenerationMixin": transformers.GenerationMixin,
     }
     if is_bnb_available():

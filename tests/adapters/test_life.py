@@ -13,7 +13,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_delta import InputError
 from tests.adapters.life import DORA, IDS, KINDS, adapted, base_model, config_of, gpt2_model, layers, logits, perturb
@@ -564,3 +564,21 @@ def test_wrong_fields_are_refused(kind, changes, said):
 
 def test_dora_is_in_the_list_of_kinds():
     assert set(DORA) == {"dora"}
+
+
+def test_experts_that_get_no_adapter_are_named(caplog):
+    config = MixtralConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+        vocab_size=24,
+    )
+    adapted("bone", MixtralForCausalLM(config))
+    (message,) = [record.getMessage() for record in caplog.records if "Experts of a mixture" in record.getMessage()]
+    assert "mlp.experts" in message
+    caplog.clear()
+    adapted("bone")
+    assert not caplog.records

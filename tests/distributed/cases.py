@@ -130,5 +130,6 @@ CASES = {
     "delta_l_fsdp2": under_fsdp2(frozen_gradient),
     "resume_fsdp2": under_fsdp2(resume),
     **{f"fully_shard_{kind}": partial(sharded_adapter, kind=kind) for kind in [*KINDS, *DORA]},
-    "left_whole": left_whole,
+    "left_whole_bone": partial(left_whole, kind="bone"),
+    "left_whole_dora": partial(left_whole, kind="dora"),
 }

@@ -64,12 +64,12 @@ def compare(kind):
     return found
 
 
-def untied(reshard=None):
+def untied(kind, reshard=None):
     """Adapters on a layer of a block and on one of the root, which FSDP2 leaves whole after a forward; sharded or not."""
     base = life.base_model()
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach() * 1.3)
     base.config.tie_word_embeddings = False
-    model = life.adapted("bone", base, target_modules=["q_proj", "lm_head"])
+    model = life.adapted(kind, base, target_modules=["q_proj", "lm_head"])
     if reshard is not None:
         shard(model, reshard_after_forward=reshard)
     return model
@@ -81,11 +81,16 @@ def shard(model, **settings):
         fully_shard(part, mesh=mesh, **settings)
 
 
-def left_whole(world, folder):
+def left_whole(world, folder, kind):
     """Errors of the logits, by `reshard_after_forward` and what was done before."""
+    with fast_dora():
+        return errors_of(kind)
+
+
+def errors_of(kind):
     errors = {}
     for reshard in (True, False):
-        model, one = untied(reshard), untied()
+        model, one = untied(kind, reshard), untied(kind)
         adapted = life.logits(one)
         with one.disable_adapter():
             base = life.logits(one)
@@ -110,7 +115,9 @@ def left_whole(world, folder):
         errors[f"no gradient, {reshard}"] = sum(p.grad is None for p in model.parameters() if p.requires_grad)
         trained = sum(p.requires_grad for p in model.parameters())
         errors[f"not trained, {reshard}"] = sum(p.requires_grad for p in one.parameters()) - trained
-    tied = life.adapted("bone", target_modules=["q_proj", "lm_head"])
+    if kind == "dora":
+        return {"errors": errors}
+    tied = life.adapted(kind, target_modules=["q_proj", "lm_head"])
     shard(tied)
     try:
         tied.merge_adapter()

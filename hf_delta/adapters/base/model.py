@@ -1,5 +1,6 @@
 """The tuner: puts adapted layers into a model."""
 
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from hf_delta.errors import InputError
 from hf_delta.ops.gather import is_sharded
 
 
+logger = logging.getLogger(__name__)
+
 # Seconds after which a bar shows.
 PATIENCE = 2
 
@@ -44,6 +47,7 @@ class DeltaModel(TunerHooks):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
             finally:
                 del self.bar
+        _warn_of_fused_experts(model)
 
     def adapt(self, config: DeltaAdapterConfig, adapter_name: str, module: nn.Module, key: str) -> nn.Module:
         """
@@ -132,6 +136,19 @@ class DeltaModel(TunerHooks):
 
     def adapted_layers(self) -> list[DeltaLinear]:
         return [module for module in self.model.modules() if isinstance(module, self.tuner_layer_cls)]
+
+
+def _warn_of_fused_experts(model: nn.Module) -> None:
+    fused = [
+        name for name, parameter in model.named_parameters() if parameter.dim() == 3 and ".experts." in f".{name}"
+    ]
+    if fused:
+        logger.warning(
+            "Experts of a mixture that are kept in one tensor are no linear layers and get no adapter: %s and %d more. "
+            "PEFT's LoRA can adapt them.",
+            fused[0],
+            len(fused) - 1,
+        )
 
 
 def _check_kind(module: nn.Module) -> None:

@@ -20,6 +20,7 @@ REPLACEMENTS = {
     "Linear4bit.unmerge": merging.unmerge,
     "Linear8bitLt.merge": merging.merge,
     "Linear8bitLt.unmerge": merging.unmerge,
+    "BaseTunerLayer.enable_adapters": merging.enable_adapters,
     "BaseTuner.merge_and_unload": merging.merge_and_unload,
     "GenerationMixin.generate": layer.generate,
 }

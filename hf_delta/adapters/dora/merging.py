@@ -16,7 +16,7 @@ from hf_delta.adapters.base.merging import MergedWeight
 from hf_delta.adapters.dora.cache import NORMS
 from hf_delta.adapters.dora.functions import gain, usable_norm
 from hf_delta.adapters.dora.rollout import drop_plan
-from hf_delta.ops.gather import full_tensor
+from hf_delta.ops.gather import full_tensor, into_shards
 from hf_delta.ops.norms import factored_row_norms, row_square_norms, times_transposed, widened
 
 
@@ -46,6 +46,7 @@ def unmerge(original: Callable) -> Callable:
         kept = getattr(self, KEPT, None)
         if kept is None:
             return original(self)
+        _into_shards(self)
         kept.restore(self)
         delattr(self, KEPT)
         self.merged_adapters.clear()
@@ -53,6 +54,19 @@ def unmerge(original: Callable) -> Callable:
         _drop_norms(self)
 
     return unmerge
+
+
+def enable_adapters(original: Callable) -> Callable:
+    """`enable_adapters` of any layer: what [`merge`] has merged is taken out before a forward, as sharded weights need it."""
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if any(is_dora(self, name) for name in getattr(self, "lora_variant", ())):
+            _into_shards(self)
+        if not enabled and hasattr(self, KEPT):
+            self.unmerge()
+        original(self, enabled)
+
+    return enable_adapters
 
 
 def merge_and_unload(original: Callable) -> Callable:
@@ -87,7 +101,14 @@ def _takes_part(layer: nn.Module, names: list[str]) -> bool:
     )
 
 
+def _into_shards(layer: nn.Module) -> None:
+    # A quantised layer rearranges its weight when its state is asked for.
+    base = [] if resolve_quantization_backend(layer.get_base_layer()) else [layer.get_base_layer()]
+    into_shards(*base, layer.lora_A, layer.lora_B, layer.lora_magnitude_vector)
+
+
 def _merge(layer: nn.Module, names: list[str], safe_merge: bool) -> None:
+    _into_shards(layer)
     kept = getattr(layer, KEPT, None)
     if kept is None:
         layer.quantization_backend = resolve_quantization_backend(layer.get_base_layer())

@@ -66,9 +66,6 @@ class PmssLinear(DeltaLinear):
         "hfd_pmss_gathered",
     )
 
-    # Name in the model, for messages.
-    path = "a layer"
-
     def create_attributes(self) -> None:
         self.hfd_pmss_core = nn.ModuleDict()
         self.hfd_pmss_rows = BufferDict(persistent=True)
