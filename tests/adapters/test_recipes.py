@@ -56,9 +56,7 @@ def test_every_method_trains_over_a_4_bit_model(tmp_path, playground, name, trai
     pytest.importorskip("bitsandbytes")
     block = {**METHODS[name], "target_modules": "all-linear"}
     reward = {"reward_funcs": [f"{__name__}.length"]} if trainer == "grpo" else {}
-    out = train(
-        tmp_path, keys(trainer, playground, tmp_path / "out", peft_config=block, load_in_4bit=True, **reward)
-    )
+    out = train(tmp_path, keys(trainer, playground, tmp_path / "out", peft_config=block, load_in_4bit=True, **reward))
     assert json.loads((out / "trainer_state.json").read_text())["global_step"] == 2
     tensors = load_file(out / "adapter_model.safetensors")
     assert tensors and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
