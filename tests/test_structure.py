@@ -5,8 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft  # noqa: F401 (first: the import hook of hf_delta must not find _compat.peft half imported)
 import pytest
 
+from hf_delta._compat import peft as peft_compat
 from hf_delta._compat import trl as compat
 
 
@@ -14,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_delta"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 UPSTREAM = ("trl", "peft", "transformers", "accelerate")
+PEFT_NAMES = {*peft_compat.TUNER_SEAMS, *peft_compat.LAYER_SEAMS, *peft_compat.ATTRIBUTES}
 
 # Pure functions: tensors in, tensors out. They may import torch and numpy, and one another.
 FUNCTIONS = [
@@ -97,9 +100,10 @@ def test_private_upstream_names_stand_in_compat_only(path):
     own |= {a.attr for a in attributes if isinstance(a.ctx, ast.Store)}
     # Class attributes that TRL documents for subclasses.
     own |= {"_tag_names", "_name", "_paper", "_template_file"}
-    own -= {*compat.ATTRIBUTES, *compat.SEAMS}
+    own -= {*compat.ATTRIBUTES, *compat.SEAMS, *PEFT_NAMES}
     strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    assert not strings & {*compat.ATTRIBUTES, *compat.SEAMS}
+    assert not strings & {*compat.ATTRIBUTES, *compat.SEAMS, *PEFT_NAMES}
+    assert not {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)} & PEFT_NAMES
     # argparse gives the type of sub-parsers no public name.
     foreign = [a for a in attributes if a.attr.startswith("_") and ast.unparse(a.value) != "argparse"]
     for attribute in foreign:
