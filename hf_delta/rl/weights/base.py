@@ -9,8 +9,8 @@ import torch
 from hf_delta.errors import InputError
 
 
-# Fields of a batch that cost a collective each, and are there if a rule's `needs` names them.
-OPTIONAL_FIELDS = frozenset({"prompt_ids", "logps"})
+# What a rule gets only if its `needs` names it: fields of a batch, and for `losses` the method `on_losses`.
+OPTIONAL_FIELDS = frozenset({"prompt_ids", "logps", "groups", "losses"})
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class RolloutBatch:
         advantages (`torch.Tensor` of shape `(N,)`):
             Advantages as TRL computed them, before any weight.
         correct (`torch.Tensor` of shape `(N,)`, bool):
-            Whether `reward` is above `correctness_threshold`; False where there is no score.
+            Whether `reward` (or the function in `correct_reward_func`) is above `correct_threshold`; False where there is
+            no score.
         step (`int`):
             Optimizer steps taken so far.
         prompt_ids (`list[str]`, *optional*):
@@ -39,6 +40,14 @@ class RolloutBatch:
             asks for it (`needs = {"logps"}`) and TRL computed them, which it does for off-policy steps and for vLLM.
         mask (`torch.Tensor` of shape `(N, T)`, *optional*):
             1 at loss-bearing tokens. Present together with `logps`.
+        row_weights (`torch.Tensor` of shape `(N,)`, float64, *optional*):
+            Weight of each sequence before any rule, where prompts have different numbers of rollouts:
+            `num_generations / n_q` under `rollout_weighting: prompt`. Absent: all are 1.
+        groups (`torch.Tensor` of shape `(N,)`, int64, *optional*):
+            Difficulty group of each sequence's prompt as it was before this batch, counted from 0; -1 for none. Present if a
+            rule asks for it (`needs = {"groups"}`).
+        group_names (`tuple[str, ...]`):
+            Names of the groups, in order; a stream of data may add some during a run.
     """
 
     group_ids: torch.Tensor
@@ -51,6 +60,13 @@ class RolloutBatch:
     prompt_ids: list[str] | None = None
     logps: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    row_weights: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
+    group_names: tuple[str, ...] = ()
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.group_names)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -64,7 +80,10 @@ class AdvantageTransform(Protocol):
     bonus are outside it. It must be a function of the batch and of its own state only, so that every rank gets the same.
 
     A rule may also have
-        `needs` (`frozenset[str]`): optional fields of the batch it reads, out of `"prompt_ids"` and `"logps"`;
+        `needs` (`frozenset[str]`): optional fields of the batch it reads, out of `"prompt_ids"`, `"logps"` and `"groups"`;
+        `on_losses(sums, counts)`: with `"losses"` in `needs`, called at the end of each generation window with the sum over
+            sequences of their mean clipped surrogate loss per difficulty group, `(K,)` float64, and how many there were;
+        `log_metrics(batch)`: numbers by name, for the log line of the step;
         `state_dict()` and `load_state_dict(state)`: what it learns on the way, as nested dicts and lists of tensors,
         numbers and strings. It is written into every checkpoint and read back on resume.
     """
