@@ -1,0 +1,50 @@
+"""The controller `variance` of Rollout-GDRO: rollouts where they lower the variance of the gradient most."""
+
+import math
+
+import torch
+
+from hf_delta.errors import InputError
+from hf_delta.rl.allocation.base import PromptBatch
+from hf_delta.rl.allocation.budget import greedy_budget
+
+
+# Correct rollouts that must still be remembered for a prompt to count as solved: with forgetting, one that is half forgotten.
+_REMEMBERED = 0.5
+
+
+class VarianceController:
+    """Minimises `sum_i v_i / n_i` at the budget of the batch, `v_i = E[p_i (1 - p_i)]` under the posterior of pass rate `p_i`.
+
+    `v_i / n_i` is the variance of the mean reward of the prompt's rollouts, and stands for that of its gradient. Between the
+    bounds the optimum is the square-root law `n_i ~ sqrt(v_i)` of "Group Distributionally Robust Optimization-Driven RL for
+    LLM Reasoning" (arXiv 2601.19280, theorem 4.2), here prompt by prompt and in whole numbers, see [`greedy_budget`]. Prompts
+    with the same posterior get the same, up to a remainder of 1 that goes by id.
+
+    The law alone gives prompts that were never solved next to nothing, and so the fewest chances to be solved. `exploration`
+    puts a floor under those that were seen and of which no correct rollout is remembered:
+    `n_min + exploration * (mean - n_min)`, rounded up. The other prompts pay for it: the budget is what it was, and the
+    rollouts are taken from where they lower the variance least. The floor is never above the mean, so that it always fits;
+    if all prompts are unsolved, nobody is left to pay, and 1 makes the budgets uniform.
+
+    Args:
+        n_min (`int`, *optional*, defaults to `2`):
+            Fewest rollouts of a prompt.
+        n_max (`int`, *optional*):
+            Most rollouts of a prompt. Three times the mean by default.
+        exploration (`float`, *optional*, defaults to `0.0`):
+            In [0, 1]: floor for unsolved prompts, from 0 for `n_min` to 1 for the mean.
+    """
+
+    def __init__(self, n_min: int = 2, n_max: int | None = None, exploration: float = 0.0):
+        if not 0 <= exploration <= 1:
+            raise InputError(f"rollout_gdro: exploration must lie in [0, 1], got {exploration}.")
+        self.n_min, self.n_max, self.exploration = n_min, n_max, exploration
+
+    def __call__(self, batch: PromptBatch) -> torch.Tensor:
+        unsolved = (batch.rates.seen > 0) & (batch.rates.solved < _REMEMBERED)
+        # The subtraction keeps 2.0000000000000004 from becoming 3.
+        floor = math.ceil(self.n_min + self.exploration * (batch.mean - self.n_min) - 1e-9)
+        n_min = torch.where(unsolved, min(floor, math.floor(batch.mean)), self.n_min)
+        n_max = self.n_max or math.floor(3 * batch.mean)
+        return greedy_budget(batch.rates.variance_of_reward, batch.budget, n_min, n_max, batch.prompt_ids)
