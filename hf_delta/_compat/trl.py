@@ -5,8 +5,8 @@ names, so that a new TRL release is one file's work; `tests/test_seams.py` compa
 """
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,27 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "has_tool_images",
     ),
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
+    "_compute_loss": ("self", "model", "inputs"),
+    "_get_per_token_logps_and_entropies": (
+        "self",
+        "model",
+        "input_ids",
+        "attention_mask",
+        "logits_to_keep",
+        "batch_size",
+        "compute_entropy",
+        "compute_aux_loss",
+        "pixel_values",
+        "image_grid_thw",
+        "num_images",
+        "pixel_attention_mask",
+        "spatial_shapes",
+        "num_tiles",
+        "image_sizes",
+        "token_type_ids",
+        "mm_token_type_ids",
+        "image_position_ids",
+    ),
     "_get_train_sampler": ("self", "dataset"),
     "_save_checkpoint": ("self", "model", "trial"),
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
@@ -79,17 +100,33 @@ class GRPOHooks(GRPOTrainer, ReferenceRepair):
     As in [`DPOHooks`], the reference of a trained adapter is a true copy of it.
 
     Hooks, all optional:
+        `before_rollouts(rows)`: before each training generation; may hand as many other rows to it.
         `on_rollouts(rollouts, rewards_per_func, rows)`: after each training generation, may edit `rollouts` in place.
         `on_eval_rollouts(rollouts, rows)`: after each generation of an evaluation.
+        `rollout_context()`: a context manager around generation with transformers.
+        `on_loss(rows, logps)`: with `watch_losses`, after each loss of training, with one micro-batch of the rollouts and the
+            log-probabilities `(B, T)` under the policy as it is.
         `save_extra_state(checkpoint)`: before TRL writes a checkpoint, on every rank; the directory exists.
         `load_extra_state(checkpoint)`: on resume, on every rank, after model and optimizer are loaded.
     """
 
     rollout_dropout: bool = True
+    # Whether rows of one prompt may be apart or of another number than `num_generations`, as a rule of budgets makes them.
+    single_rows: bool = False
+    watch_losses: bool = False
 
     def __init__(self, model, *args, **kwargs):
         with base_kept(model):
             super().__init__(model, *args, **kwargs)
+
+    def before_rollouts(self, rows: list[dict]) -> list[dict]:
+        return rows
+
+    def rollout_context(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def on_loss(self, rows: dict[str, Any], logps: torch.Tensor) -> None:
+        pass
 
     def on_rollouts(self, rollouts: dict[str, Any], rewards_per_func: torch.Tensor, rows: list[dict]) -> None:
         pass
@@ -112,6 +149,27 @@ class GRPOHooks(GRPOTrainer, ReferenceRepair):
     def log_completion_column(self, name: str, values: list) -> None:
         """Add a column, one value per sequence of the whole generation batch, to the table of `log_completions`."""
         self._logs["extra"][name].extend(values)
+
+    def replace_logged_advantages(self, advantages: torch.Tensor, zero_std: torch.Tensor) -> None:
+        """Put the right advantages `(N,)` into the log of the generation that just ended, and what TRL says of their deviation."""
+        # The log holds the last generation batch and no more.
+        self._logs["advantages"].extend(advantages.tolist())
+        self._metrics["train"]["frac_reward_zero_std"][-1] = zero_std.float().mean().item()
+
+    def around_vllm_sync(self, context: Callable[[], AbstractContextManager]) -> None:
+        """Enter a context whenever TRL sends weights to vLLM, for which it merges the adapter and unmerges it."""
+        sync_weights = self.vllm_generation.sync_weights
+
+        def sync() -> None:
+            with context():
+                sync_weights()
+
+        self.vllm_generation.sync_weights = sync
+
+    @property
+    def window_ends(self) -> bool:
+        """Whether the micro-step in progress is the last one of its generation window."""
+        return (self._step + 1) % self.steps_per_window == 0
 
     def generation_state(self) -> dict[str, Any]:
         """What TRL does not checkpoint: the position in the generation window, and metrics not yet logged."""
@@ -160,6 +218,8 @@ class GRPOHooks(GRPOTrainer, ReferenceRepair):
 
     # -- seams ------------------------------------------------------------------------------------------------------
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Any]:
+        if self.model.training:
+            inputs = self.before_rollouts(inputs)
         rollouts = super()._generate_and_score_completions(inputs)
         if self.model.training:
             self.on_rollouts(rollouts, self._rewards_per_func, inputs)
@@ -172,10 +232,26 @@ class GRPOHooks(GRPOTrainer, ReferenceRepair):
         return self._rewards_per_func
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
-        with dropout_off(self.model, enabled=not (self.rollout_dropout or self.use_vllm)):
+        if self.single_rows and self.model.training:
+            # TRL sends vLLM each `num_generations`-th row, and asks for that many completions of it.
+            num_generations = 1
+        context = nullcontext() if self.use_vllm else self.rollout_context()
+        with dropout_off(self.model, enabled=not (self.rollout_dropout or self.use_vllm)), context:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images=has_tool_images
             )
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self.watch_losses and torch.is_grad_enabled():
+            self._watched_logps = found[0].detach()
+        return found
+
+    def _compute_loss(self, model, inputs) -> torch.Tensor:
+        loss = super()._compute_loss(model, inputs)
+        if self.watch_losses and self.model.training:
+            self.on_loss(inputs, self._watched_logps)
+        return loss
 
     _train_sampler = None
 
@@ -212,3 +288,8 @@ def dropout_off(model: torch.nn.Module, enabled: bool = True) -> Iterator[None]:
 def gather_column(rows: list[dict], column: str) -> list[str]:
     """Values of one column of this rank's rows as strings, gathered over all ranks in sampler order."""
     return gather_object([str(row[column]) for row in rows])
+
+
+def gather_rows(rows: list[dict]) -> list[dict]:
+    """Rows of a dataset, gathered over all ranks in sampler order."""
+    return gather_object(rows)

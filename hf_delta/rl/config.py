@@ -1,14 +1,14 @@
 """Configuration of [`DeltaGRPOTrainer`]."""
 
-import json
 from dataclasses import dataclass, field
-from typing import Any
 
 from trl import GRPOConfig
 
 from hf_delta._compat.trl import GRPO_LOSS_TYPES
 from hf_delta.errors import InputError
-from hf_delta.imports import load_object
+from hf_delta.rl.allocation import ALLOCATION_RULES
+from hf_delta.rl.difficulty import Difficulty
+from hf_delta.rl.rules import as_dict, build, build_rule, named_rule
 from hf_delta.rl.weights import WEIGHT_RULES
 
 
@@ -36,8 +36,31 @@ class DeltaGRPOConfig(GRPOConfig):
         rollout_dropout (`bool`, *optional*, defaults to `False`):
             Whether rollouts made with transformers keep dropout on, as TRL does. Off by default, because dropout makes
             the policy that generates another than the policy that is trained.
-        correctness_threshold (`float`, *optional*, defaults to `0.5`):
-            Weighted sum of rewards above which a rollout counts as correct, for weight rules that ask.
+        prompt_weighting (`str`, *optional*):
+            Weight rule over groups of prompts: `"prompt_gdro"`, see [`~hf_delta.rl.weights.PromptGDROWeights`], or a dotted
+            path.
+        prompt_weighting_kwargs (`dict` or `str`, *optional*):
+            Its keyword arguments.
+        rollout_allocation (`str`, *optional*):
+            Rule that gives prompts different numbers of rollouts, `num_generations` in the mean: `"rollout_gdro"`, see
+            [`~hf_delta.rl.allocation.RolloutGDRO`], or a dotted path. The rollouts of a generation batch are as many as ever.
+        rollout_allocation_kwargs (`dict` or `str`, *optional*):
+            Its keyword arguments.
+        rollout_weighting (`str`, *optional*, defaults to `"prompt"`):
+            With `rollout_allocation`: `"prompt"`, the rollouts of a prompt together weigh as much as those of any other
+            (each `num_generations / n`), or `"sample"`, every rollout weighs the same.
+        prompt_groups (`str`, *optional*, defaults to `"pass_rate"`):
+            Groups of prompts for both: `"pass_rate"`, bins of the posterior of each prompt's pass rate, or the name of a
+            column of the dataset.
+        difficulty_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments of that posterior, see [`~hf_delta.rl.difficulty.Difficulty`].
+        merged_rollouts (`bool`, *optional*, defaults to `False`):
+            Whether rollouts run on a copy of the adapted weights with the adapter merged, see
+            [`~hf_delta.rl.merged.merged_rollouts`]: the cost of the base model, and a base that is bit for bit untouched.
+        correct_threshold (`float`, *optional*):
+            A rollout is correct if its reward is above; 0.5 by default, for which rewards must lie in [0, 1].
+        correct_reward_func (`str`, *optional*):
+            Name of the reward function that decides; by default the weighted sum of all.
     """
 
     loss_type: str = field(
@@ -60,14 +83,45 @@ class DeltaGRPOConfig(GRPOConfig):
     rollout_dropout: bool = field(
         default=False, metadata={"help": "Whether rollouts made with transformers keep dropout on, as TRL does."}
     )
-    correctness_threshold: float = field(
-        default=0.5, metadata={"help": "Weighted sum of rewards above which a rollout counts as correct."}
+    prompt_weighting: str | None = field(
+        default=None, metadata={"help": "Weight rule over groups of prompts: prompt_gdro, or a dotted path."}
+    )
+    prompt_weighting_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of prompt_weighting."}
+    )
+    rollout_allocation: str | None = field(
+        default=None,
+        metadata={"help": "Rule for the number of rollouts of each prompt: rollout_gdro, or a dotted path."},
+    )
+    rollout_allocation_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of rollout_allocation."}
+    )
+    rollout_weighting: str = field(
+        default="prompt",
+        metadata={"help": "What weighs the same under rollout_allocation.", "choices": ["prompt", "sample"]},
+    )
+    prompt_groups: str = field(
+        default="pass_rate", metadata={"help": "Groups of prompts: pass_rate, or a column of the dataset."}
+    )
+    difficulty_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Keyword arguments of the posterior of pass rates."}
+    )
+    merged_rollouts: bool = field(
+        default=False, metadata={"help": "Whether rollouts run on merged copies of the adapted weights."}
+    )
+    correct_threshold: float | None = field(
+        default=None, metadata={"help": "Reward above which a rollout is correct; 0.5 for rewards in [0, 1]."}
+    )
+    correct_reward_func: str | None = field(
+        default=None, metadata={"help": "Name of the reward function that decides what is correct; all by default."}
     )
 
     def __post_init__(self):
         self._check_loss()
         self._check_transforms()
         super().__post_init__()
+        # TRL works out the size of a generation batch.
+        self._check_curriculum()
 
     def _check_loss(self) -> None:
         known = (*GRPO_LOSS_TYPES, "delta_l")
@@ -91,29 +145,59 @@ class DeltaGRPOConfig(GRPOConfig):
             )
 
     def _check_transforms(self) -> None:
-        if isinstance(self.advantage_transform_kwargs, str):
-            try:
-                self.advantage_transform_kwargs = json.loads(self.advantage_transform_kwargs)
-            except json.JSONDecodeError as error:
-                raise InputError(f"advantage_transform_kwargs is not JSON: {error}.") from error
-        names, kwargs = self.advantage_transforms or [], self.advantage_transform_kwargs or {}
+        self.advantage_transform_kwargs = as_dict(self.advantage_transform_kwargs, "advantage_transform_kwargs")
+        names, kwargs = self.advantage_transforms or [], self.advantage_transform_kwargs
         unused = sorted(set(kwargs) - set(names))
         if unused:
             raise InputError(
                 f"advantage_transform_kwargs names {', '.join(unused)}, which advantage_transforms does not list."
             )
         for name in names:
-            rule = weight_rule(name)
-            if not callable(rule):
-                raise InputError(f"advantage_transforms: {name} is neither a function nor a class.")
+            rule = named_rule(name, WEIGHT_RULES, "advantage_transforms")
             if name in kwargs and not isinstance(rule, type):
                 raise InputError(f"advantage_transform_kwargs: {name} is a function and takes none; make it a class.")
 
+    @property
+    def uses_curriculum(self) -> bool:
+        """Whether something of the recipe learns about prompts."""
+        return self.prompt_weighting is not None or self.rollout_allocation is not None
 
-def weight_rule(name: str) -> Any:
-    """The weight rule of that name in `WEIGHT_RULES`, or of that dotted path: a class or a function.
+    def _check_curriculum(self) -> None:
+        for key in ("prompt_weighting_kwargs", "rollout_allocation_kwargs", "difficulty_kwargs"):
+            setattr(self, key, as_dict(getattr(self, key), key))
+        self._check_keys_that_do_nothing()
+        if self.rollout_weighting not in ("prompt", "sample"):
+            raise InputError(f"rollout_weighting must be prompt or sample, got {self.rollout_weighting!r}.")
+        if self.merged_rollouts and self.use_transformers_continuous_batching:
+            raise InputError(
+                "merged_rollouts does not work with use_transformers_continuous_batching, which casts the model that it "
+                "generates with. Leave one of them out."
+            )
+        if not self.uses_curriculum:
+            return
+        build(Difficulty, self.difficulty_kwargs, "difficulty_kwargs")
+        prompts = self.generation_batch_size // self.num_generations
+        if prompts < 2:
+            raise InputError(
+                f"A generation batch of {self.generation_batch_size} rollouts has one prompt of num_generations "
+                f"{self.num_generations}, and prompt_weighting and rollout_allocation compare prompts with one another. Raise "
+                "per_device_train_batch_size or steps_per_generation."
+            )
+        if self.prompt_weighting is not None:
+            build_rule(self.prompt_weighting, self.prompt_weighting_kwargs, WEIGHT_RULES, "prompt_weighting")
+        if self.rollout_allocation is not None:
+            rule = build_rule(
+                self.rollout_allocation, self.rollout_allocation_kwargs, ALLOCATION_RULES, "rollout_allocation"
+            )
+            if hasattr(rule, "check"):
+                rule.check(self.generation_batch_size, prompts)
 
-    Raises:
-        `InputError`: there is none.
-    """
-    return WEIGHT_RULES.get(name) or load_object(name, key="advantage_transforms")
+    def _check_keys_that_do_nothing(self) -> None:
+        """Keys that only another one gives a meaning; those of groups are the trainer's, which knows all rules."""
+        for key, default, wanted in (
+            ("prompt_weighting_kwargs", {}, "prompt_weighting"),
+            ("rollout_allocation_kwargs", {}, "rollout_allocation"),
+            ("rollout_weighting", "prompt", "rollout_allocation"),
+        ):
+            if getattr(self, key) != default and getattr(self, wanted) is None:
+                raise InputError(f"{key} does nothing without {wanted}. Write that, or remove {key}.")

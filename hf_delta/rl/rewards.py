@@ -89,3 +89,39 @@ def _is_finite(reward: Any) -> bool:
         return math.isfinite(reward)
     except (TypeError, ValueError, RuntimeError):  # text, a list, a tensor of several numbers
         return False
+
+
+def correct_rollouts(
+    rewards: torch.Tensor,
+    reward: torch.Tensor,
+    names: list[str],
+    threshold: float | None = None,
+    judge: str | None = None,
+    strict: bool = False,
+) -> torch.Tensor:
+    """Which rollouts are correct: the reward, or that of one function, is above the threshold.
+
+    Args:
+        rewards (`torch.Tensor` of shape `(N, F)`): What each function returned, NaN where it returned `None`.
+        reward (`torch.Tensor` of shape `(N,)`): Their weighted sum.
+        names (`list[str]` of length F): Names of the functions.
+        threshold (`float`, *optional*): 0.5 by default.
+        judge (`str`, *optional*): The function that decides; the weighted sum by default.
+        strict (`bool`, *optional*, defaults to `False`): Whether without a threshold rewards must lie in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`, bool: False where there is no score.
+
+    Raises:
+        `InputError`: nothing says from which reward on a rollout is correct.
+    """
+    values, what = reward, "The weighted sum of rewards"
+    if judge is not None:
+        values, what = rewards[:, names.index(judge)], f"The reward of {judge}"
+    known = values[~values.isnan()]
+    if strict and threshold is None and bool(((known < 0) | (known > 1)).any()):
+        raise InputError(
+            f"{what} lies between {known.min().item():g} and {known.max().item():g}, and pass rates need to know what is "
+            "correct. Write correct_threshold, or in correct_reward_func the name of a function that returns 0 or 1."
+        )
+    return values > (0.5 if threshold is None else threshold)

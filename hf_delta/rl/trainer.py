@@ -2,25 +2,23 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 
-from hf_delta import __version__
-from hf_delta._compat.trl import GRPOHooks, gather_column
-from hf_delta.checkpoint import (
-    ROLLOUTS_FILE,
-    STATE_FILE,
-    check_state,
-    load_state,
-    newest_complete_checkpoint,
-    save_state,
-)
+from hf_delta._compat.trl import gather_column, gather_rows
 from hf_delta.errors import InputError
-from hf_delta.rl.config import DeltaGRPOConfig, weight_rule
-from hf_delta.rl.prompt_ids import with_prompt_ids
-from hf_delta.rl.rewards import checked_reward
+from hf_delta.rl.advantages import group_sums, grouped_advantages, mean_surrogate_loss
+from hf_delta.rl.allocation import ALLOCATION_RULES
+from hf_delta.rl.config import DeltaGRPOConfig
+from hf_delta.rl.curriculum import PASS_RATE, Curriculum, Plan
+from hf_delta.rl.difficulty import Difficulty
+from hf_delta.rl.merged import base_weights_kept, merged_rollouts
+from hf_delta.rl.prompt_ids import column_values, with_prompt_ids
+from hf_delta.rl.resume import ResumableGRPO
+from hf_delta.rl.rewards import checked_reward, correct_rollouts
+from hf_delta.rl.rules import build_rule
 from hf_delta.rl.weights import WEIGHT_RULES, AdvantageTransform, RolloutBatch, combine_weights
 from hf_delta.rl.weights.base import OPTIONAL_FIELDS, transform_name
 
@@ -33,7 +31,7 @@ DELTA_L_PAPER = {
 }
 
 
-class DeltaGRPOTrainer(GRPOHooks):
+class DeltaGRPOTrainer(ResumableGRPO):
     """
     Drop-in for [`~trl.GRPOTrainer`] that weights sequences over the whole rollout batch and resumes exactly.
 
@@ -75,44 +73,162 @@ class DeltaGRPOTrainer(GRPOHooks):
             # Dr.GRPO's constant denominator carries the weights: w_i * loss_i is the loss at w_i * A_i, exactly.
             self.loss_type = "dr_grpo"
             self._paper = DELTA_L_PAPER
-        if "prompt_ids" in self._needs:
-            if self.args.remove_unused_columns:
-                raise InputError("A weight rule needs prompt ids; remove_unused_columns: true would remove them.")
-            self.train_dataset = with_prompt_ids(self.train_dataset)
+        self.curriculum = self._configured_curriculum()
+        self.single_rows = self.curriculum is not None and self.curriculum.allocation is not None
+        self.watch_losses = "losses" in self._needs
+        if self.use_vllm and getattr(self.args, "merged_rollouts", False):
+            self.around_vllm_sync(lambda: base_weights_kept(self.accelerator.unwrap_model(self.model)))
         self.reward_funcs = [checked_reward(f, n) for f, n in zip(self.reward_funcs, self.reward_func_names)]
         self._saw_rollouts = False
+        self._plan: Plan | None = None
 
     def _configured_transforms(self) -> list[AdvantageTransform]:
+        args = self.args
+        if not isinstance(args, DeltaGRPOConfig):
+            if self.loss_type == "delta_l":
+                raise InputError("loss_type delta_l needs a DeltaGRPOConfig, and args is a plain GRPOConfig.")
+            return []
         transforms = []
         if self.loss_type == "delta_l":
-            if not isinstance(self.args, DeltaGRPOConfig):
-                raise InputError("loss_type delta_l needs a DeltaGRPOConfig, and args is a plain GRPOConfig.")
-            rule = WEIGHT_RULES["delta_l"]
-            transforms.append(rule(alpha=self.args.delta_l_alpha, scope=self.args.delta_l_scope))
-        kwargs = getattr(self.args, "advantage_transform_kwargs", None) or {}
-        for path in getattr(self.args, "advantage_transforms", None) or []:
-            rule = weight_rule(path)
-            transforms.append(rule(**kwargs.get(path, {})) if isinstance(rule, type) else rule)
+            transforms.append(WEIGHT_RULES["delta_l"](alpha=args.delta_l_alpha, scope=args.delta_l_scope))
+        if args.prompt_weighting is not None:
+            kwargs = args.prompt_weighting_kwargs
+            transforms.append(build_rule(args.prompt_weighting, kwargs, WEIGHT_RULES, "prompt_weighting"))
+        for name in args.advantage_transforms or []:
+            kwargs = args.advantage_transform_kwargs.get(name, {})
+            transforms.append(build_rule(name, kwargs, WEIGHT_RULES, "advantage_transforms"))
         return transforms
+
+    def _configured_curriculum(self) -> Curriculum | None:
+        """What learns about prompts, if a rule asks for groups or shares out rollouts; checks the dataset for it."""
+        allocation = getattr(self.args, "rollout_allocation", None)
+        wanted = allocation is not None or self._needs & {"groups", "losses"}
+        for key, default in (("prompt_groups", PASS_RATE), ("difficulty_kwargs", {})):
+            if not wanted and getattr(self.args, key, default) != default:
+                raise InputError(
+                    f"{key} does nothing without prompt_weighting or rollout_allocation. Write one of them, or remove {key}."
+                )
+        if not wanted and "prompt_ids" not in self._needs:
+            return None
+        if self.args.remove_unused_columns:
+            raise InputError("A weight rule needs prompt ids; remove_unused_columns: true would remove them.")
+        self.train_dataset = with_prompt_ids(self.train_dataset)
+        if not wanted:
+            return None
+        groups = getattr(self.args, "prompt_groups", PASS_RATE)
+        difficulty = Difficulty(**(getattr(self.args, "difficulty_kwargs", None) or {}))
+        names: tuple[str, ...] = ()
+        if groups != PASS_RATE:
+            names = column_values(self.train_dataset, groups, "prompt_groups")
+        if difficulty.prior_column is not None:
+            column_values(self.train_dataset, difficulty.prior_column, "difficulty_kwargs: prior_column")
+        rule = None
+        if allocation is not None:
+            kwargs = self.args.rollout_allocation_kwargs
+            rule = build_rule(allocation, kwargs, ALLOCATION_RULES, "rollout_allocation")
+        judge = getattr(self.args, "correct_reward_func", None)
+        if judge is not None and judge not in self.reward_func_names:
+            names = ", ".join(self.reward_func_names)
+            raise InputError(f"correct_reward_func: no reward function is called {judge!r}; there are {names}.")
+        return Curriculum(difficulty, groups, names, rule, getattr(self.args, "rollout_weighting", "prompt"))
+
+    # -- rollouts ---------------------------------------------------------------------------------------------------
+    def before_rollouts(self, rows: list[dict]) -> list[dict]:
+        """The rows of the prompts that the plan gives rollouts to: as many as there were, on every rank."""
+        if self.curriculum is None:
+            return rows
+        first = self.accelerator.process_index * len(rows)
+        firsts = [row for place, row in enumerate(rows) if (first + place) % self.num_generations == 0]
+        if not self.single_rows:
+            # Rows stay where they are, so that the other ranks need no more than the names of things.
+            firsts = [{k: row.get(k) for k in ("prompt", *self.curriculum.columns) if k in row} for row in firsts]
+        prompts = gather_rows(firsts)
+        self._plan = self.curriculum.plan(prompts, len(rows) * self.accelerator.num_processes)
+        if not self.single_rows:
+            return rows
+        return [dict(prompts[i]) for i in self._plan.group_ids[first : first + len(rows)].tolist()]
+
+    def rollout_context(self) -> AbstractContextManager:
+        if not getattr(self.args, "merged_rollouts", False):
+            return nullcontext()
+        return merged_rollouts(self.accelerator.unwrap_model(self.model))
 
     # -- weights ----------------------------------------------------------------------------------------------------
     def on_rollouts(self, rollouts: dict[str, Any], rewards_per_func: torch.Tensor, rows: list[dict]) -> None:
         self._check_rollouts(rollouts, rewards_per_func)
-        if not self.advantage_transforms:
+        if self.curriculum is None and not self.advantage_transforms:
             return
+        self._regroup(rollouts, rewards_per_func, len(rows))
         batch = self._gather(rollouts, rewards_per_func, rows)
         weights = combine_weights(self.advantage_transforms, batch)
-        first = self.accelerator.process_index * len(rows)
-        local = weights[first : first + len(rows)].to(rollouts["advantages"])
-        rollouts["advantages"] = rollouts["advantages"] * local
+        if batch.row_weights is not None:
+            weights = weights * batch.row_weights.float()
+        if self.watch_losses:
+            # These travel with their rows through TRL's shuffling and splitting.
+            rollouts["plain_advantages"] = rollouts["advantages"]
+            rollouts["difficulty_groups"] = self._local(batch.groups, len(rows)).to(self.accelerator.device)
+        rollouts["advantages"] = rollouts["advantages"] * self._local(weights, len(rows)).to(rollouts["advantages"])
+        self._log_weights(batch, weights)
+        if self.curriculum is not None:
+            self.curriculum.learn(self._plan, ~batch.reward.isnan(), batch.correct)
+
+    def _local(self, values: torch.Tensor, size: int) -> torch.Tensor:
+        """This rank's part of what was gathered, or computed from what was gathered."""
+        first = self.accelerator.process_index * size
+        return values[first : first + size]
+
+    def _regroup(self, rollouts: dict[str, Any], rewards_per_func: torch.Tensor, size: int) -> None:
+        """Advantages on the groups that there are, where they are not all of TRL's size."""
+        if self._plan is None or bool((self._plan.counts == self.num_generations).all()):
+            return
+        advantages, zero_std = grouped_advantages(
+            rewards_per_func,
+            self.reward_weights.to(rewards_per_func.device),
+            self._plan.group_ids.to(rewards_per_func.device),
+            self.scale_rewards,
+            self.multi_objective_aggregation,
+        )
+        rollouts["advantages"] = self._local(advantages, size).to(rollouts["advantages"])
+        self.replace_logged_advantages(advantages, zero_std)
+
+    def _log_weights(self, batch: RolloutBatch, weights: torch.Tensor) -> None:
         used = weights[batch.lengths > 0]
         if len(used):
             spread = {"min": used.min(), "mean": used.mean(), "max": used.max(), "std": used.std(unbiased=False)}
             self.log_train_metrics({f"weights/{name}": value.item() for name, value in spread.items()})
+        if self.curriculum is not None:
+            self.log_train_metrics(self.curriculum.metrics(self._plan))
+        for transform in self.advantage_transforms:
+            if hasattr(transform, "log_metrics"):
+                self.log_train_metrics(transform.log_metrics(batch))
         self.log_completion_column("weight", weights.tolist())
 
+    def on_loss(self, rows: dict[str, Any], logps: torch.Tensor) -> None:
+        """Surrogate losses of the window's micro-batches, summed by difficulty group, for the rules that ask."""
+        mask = rows["completion_mask"] * rows.get("tool_mask", 1)
+        losses = mean_surrogate_loss(
+            logps,
+            rows.get("old_per_token_logps", logps),
+            rows["plain_advantages"],
+            mask,
+            self.epsilon_low,
+            self.epsilon_high,
+        )
+        size = len(self.curriculum.group_names)
+        has_tokens = (mask.sum(1) > 0).float()
+        values = torch.stack(
+            [group_sums(v, rows["difficulty_groups"], size) for v in (losses * has_tokens, has_tokens)]
+        )
+        self.window_losses = values if self.window_losses is None else self.window_losses + values
+        if self.window_ends:
+            sums, counts = self.accelerator.reduce(self.window_losses, "sum").cpu().double()
+            self.window_losses = None
+            for transform in self.advantage_transforms:
+                if "losses" in _needs(transform):
+                    transform.on_losses(sums, counts)
+
     def on_eval_rollouts(self, rollouts: dict[str, Any], rows: list[dict]) -> None:
-        if self.advantage_transforms:
+        if self.advantage_transforms or self.curriculum is not None:
             # The table of completions holds rows of evaluations too, which have no weight.
             self.log_completion_column("weight", [None] * len(rows) * self.accelerator.num_processes)
 
@@ -130,17 +246,30 @@ class DeltaGRPOTrainer(GRPOHooks):
         if "logps" in self._needs and (logps := rollouts.get("old_per_token_logps")) is not None:
             padded = self.accelerator.pad_across_processes(torch.stack([logps, mask.to(logps)], -1), dim=1)
             logps, mask = self.accelerator.gather(padded).cpu().unbind(-1)
+        plan, group_ids = self._plan, torch.arange(len(lengths)) // self.num_generations
+        if plan is not None:
+            group_ids = plan.group_ids
         return RolloutBatch(
-            group_ids=torch.arange(len(lengths)) // self.num_generations,
+            group_ids=group_ids,
             lengths=lengths.long(),
             rewards=rewards,
             reward=reward,
             advantages=advantages,
-            correct=reward > getattr(self.args, "correctness_threshold", 0.5),
+            correct=correct_rollouts(
+                rewards,
+                reward,
+                self.reward_func_names,
+                getattr(self.args, "correct_threshold", None),
+                getattr(self.args, "correct_reward_func", None),
+                strict=self.curriculum is not None,
+            ),
             step=self.state.global_step,
             prompt_ids=gather_column(rows, "prompt_id") if "prompt_ids" in self._needs else None,
             logps=logps,
             mask=None if logps is None else mask.long(),
+            row_weights=plan.weights[group_ids] if self.single_rows else None,
+            groups=None if plan is None else plan.groups[group_ids],
+            group_names=() if plan is None else plan.group_names,
         )
 
     def _check_rollouts(self, rollouts: dict[str, Any], rewards_per_func: torch.Tensor) -> None:
@@ -162,109 +291,12 @@ class DeltaGRPOTrainer(GRPOHooks):
         # Far into a run one such batch is bad luck, and the run is worth more than the step.
         logger.warning("%s This step changes nothing.", message)
 
-    # -- checkpoints ------------------------------------------------------------------------------------------------
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As [`~transformers.Trainer.train`]; `True` resumes from the newest checkpoint that was written to its end."""
-        if resume_from_checkpoint is True:
-            newest = newest_complete_checkpoint(self.args.output_dir, self.accelerator.num_processes)
-            if newest is None:
-                raise InputError(f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint.")
-            resume_from_checkpoint = str(newest)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def save_extra_state(self, checkpoint: Path) -> None:
-        if self.window_is_open and self.buffered_rollouts is not None:
-            save_state(checkpoint / ROLLOUTS_FILE.format(rank=self.accelerator.process_index), self.buffered_rollouts)
-        if self.args.should_save:
-            state = {
-                "hf_delta": __version__,
-                "method": self._method(),
-                "settings": self._settings(),
-                "layout": self._layout(),
-                "generation": self.generation_state(),
-                "transforms": [_state_of(t) for t in self.advantage_transforms],
-            }
-            save_state(checkpoint / STATE_FILE, state)
-
-    def load_extra_state(self, checkpoint: Path) -> None:
-        path = checkpoint / STATE_FILE
-        if not path.exists():
-            logger.warning("%s is not there: weight rules and the generation window start afresh.", path)
-            return
-        state = load_state(path)
-        self._check_method(path, state)
-        for transform, saved in zip(self.advantage_transforms, state["transforms"]):
-            if saved:
-                transform.load_state_dict(saved)
-        if not list(checkpoint.glob("rng_state*.pth")):
-            logger.warning(
-                "%s holds a model only (save_only_model): the run goes on from it, but not as if it had never stopped.",
-                checkpoint,
-            )
-        self.advance_sampler()
-        if state["layout"] == self._layout():
-            self.load_generation_state(state["generation"])
-            if self.window_is_open:
-                self.buffered_rollouts = load_state(
-                    checkpoint / ROLLOUTS_FILE.format(rank=self.accelerator.process_index)
-                )
-        elif state["generation"]["step"] % state["layout"]["steps_per_window"]:
-            raise InputError(
-                f"{checkpoint} was saved with rollouts still to be trained on, under {state['layout']}; this run has "
-                f"{self._layout()}. Resume with the same values, or from a checkpoint at the end of a generation window."
-            )
-
-    def _method(self) -> dict[str, Any]:
-        return {
-            "loss_type": self.args.loss_type,
-            "advantage_transforms": [transform_name(t) for t in self.advantage_transforms],
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        """What may be changed on resume, and is said when it is."""
-        return {key: getattr(self.args, key, None) for key in ("delta_l_alpha", "delta_l_scope")}
-
-    def _layout(self) -> dict[str, int]:
-        """What must be equal for a half-used generation window to be taken up again."""
-        return {
-            "num_processes": self.accelerator.num_processes,
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
-            "num_generations": self.num_generations,
-            "steps_per_window": self.steps_per_window,
-        }
-
-    def _check_method(self, path: Path, state: dict[str, Any]) -> None:
-        differing = [f"{key}: {state['method'][key]!r} there, {value!r} here" for key, value in self._method().items()
-                     if state["method"][key] != value]  # fmt: skip
-        if differing:
-            raise InputError(
-                f"{path} belongs to another method ({'; '.join(differing)}). Resume with the recipe that wrote it, or "
-                "start a new run in another output_dir."
-            )
-        for key, value in self._settings().items():
-            if state["settings"][key] != value:
-                logger.warning(
-                    "%s was saved with %s %s; the run goes on with %s.", path, key, state["settings"][key], value
-                )
-
 
 def _needs(transform: AdvantageTransform) -> frozenset[str]:
     needs = frozenset(getattr(transform, "needs", ()))
     if unknown := needs - OPTIONAL_FIELDS:
         raise InputError(
             f"The advantage transform {transform_name(transform)} needs {', '.join(sorted(unknown))}; it can ask for "
-            f"{' and '.join(sorted(OPTIONAL_FIELDS))}, and the other fields of a RolloutBatch are always there."
+            f"{', '.join(sorted(OPTIONAL_FIELDS))}, and the other fields of a RolloutBatch are always there."
         )
     return needs
-
-
-def _state_of(transform: AdvantageTransform) -> Any:
-    state = getattr(transform, "state_dict", dict)()
-    try:
-        check_state(state)
-    except (TypeError, ValueError) as error:
-        raise InputError(
-            f"state_dict() of the advantage transform {transform_name(transform)} cannot be saved: {error}"
-        ) from error
-    return state

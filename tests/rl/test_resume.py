@@ -13,9 +13,8 @@ from torch.utils.data import RandomSampler
 from transformers import TrainerCallback
 
 from hf_delta import DeltaGRPOTrainer
-from hf_delta.checkpoint import is_complete, load_state, newest_complete_checkpoint, save_state
+from hf_delta.checkpoint import STATE_FILE, is_complete, load_state, newest_complete_checkpoint, save_state
 from hf_delta.errors import InputError
-from hf_delta.rl.trainer import STATE_FILE
 from tests.rl.frozen import build_world
 from tests.rl.test_trainer import assert_identical, build, lora, parameters
 

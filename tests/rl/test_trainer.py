@@ -426,7 +426,7 @@ def test_a_state_that_cannot_be_saved_names_its_rule(world, tmp_path):
 
 
 def test_a_rule_that_asks_for_what_there_is_not_is_refused(world, tmp_path):
-    with pytest.raises(InputError, match="WrongNeeds needs prompt_id; it can ask for logps and prompt_ids"):
+    with pytest.raises(InputError, match="WrongNeeds needs prompt_id; it can ask for groups, logps, losses, prompt_ids"):
         build(world, tmp_path, advantage_transforms=["tests.rl.test_trainer.WrongNeeds"])
 
 
@@ -457,7 +457,7 @@ def test_every_completion_truncated(world, tmp_path):
         ({"loss_type": "dapo", "delta_l_alpha": 0.5}, "do nothing with loss_type: dapo"),
         ({"advantage_transforms": ["nowhere.Rule"]}, "cannot import nowhere"),
         ({"advantage_transforms": ["tests.rl.test_trainer.Missing"]}, "no name 'Missing'"),
-        ({"advantage_transforms": ["Rule"]}, "not a dotted path"),
+        ({"advantage_transforms": ["Rule"]}, "there is no 'Rule'. Write one of .*delta_l.*, or a dotted path"),
         ({"advantage_transform_kwargs": {"a.b": {}}}, "does not list"),
         ({"advantage_transform_kwargs": "{"}, "not JSON"),
         (

@@ -1,0 +1,162 @@
+"""What a run of GRPO knows besides the model: written into every checkpoint, read back and checked on resume."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_delta import __version__
+from hf_delta._compat.trl import GRPOHooks
+from hf_delta.checkpoint import (
+    ROLLOUTS_FILE,
+    STATE_FILE,
+    check_state,
+    load_state,
+    newest_complete_checkpoint,
+    save_state,
+)
+from hf_delta.errors import InputError
+from hf_delta.rl.curriculum import PASS_RATE, Curriculum
+from hf_delta.rl.weights import AdvantageTransform
+from hf_delta.rl.weights.base import transform_name
+
+
+logger = logging.getLogger(__name__)
+
+
+class ResumableGRPO(GRPOHooks):
+    """GRPO whose weight rules, curriculum and open generation window are in its checkpoints.
+
+    Attributes:
+        advantage_transforms (`list[AdvantageTransform]`): Weight rules.
+        curriculum ([`Curriculum`], *optional*): What is learnt about prompts.
+        window_losses (`torch.Tensor`, *optional*): Sums of this rank over the open window, `(2, K)`.
+    """
+
+    advantage_transforms: list[AdvantageTransform]
+    curriculum: Curriculum | None = None
+    window_losses: torch.Tensor | None = None
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As [`~transformers.Trainer.train`]; `True` resumes from the newest checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            newest = newest_complete_checkpoint(self.args.output_dir, self.accelerator.num_processes)
+            if newest is None:
+                raise InputError(f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint.")
+            resume_from_checkpoint = str(newest)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def save_extra_state(self, checkpoint: Path) -> None:
+        if self.window_is_open and self.buffered_rollouts is not None:
+            window = {"rollouts": self.buffered_rollouts, "losses": self.window_losses}
+            save_state(checkpoint / ROLLOUTS_FILE.format(rank=self.accelerator.process_index), window)
+        if self.args.should_save:
+            state = {
+                "hf_delta": __version__,
+                "method": self._method(),
+                "settings": self._settings(),
+                "layout": self._layout(),
+                "generation": self.generation_state(),
+                "curriculum": None if self.curriculum is None else self.curriculum.state_dict(),
+                "transforms": [
+                    state_of(t, f"advantage transform {transform_name(t)}") for t in self.advantage_transforms
+                ],
+            }
+            save_state(checkpoint / STATE_FILE, state)
+
+    def load_extra_state(self, checkpoint: Path) -> None:
+        path = checkpoint / STATE_FILE
+        if not path.exists():
+            logger.warning("%s is not there: weight rules and the generation window start afresh.", path)
+            return
+        state = load_state(path)
+        check_method(path, state, self._method(), self._settings())
+        for transform, saved in zip(self.advantage_transforms, state["transforms"]):
+            if saved:
+                transform.load_state_dict(saved)
+        if self.curriculum is not None:
+            self.curriculum.load_state_dict(state["curriculum"])
+        if not list(checkpoint.glob("rng_state*.pth")):
+            logger.warning(
+                "%s holds a model only (save_only_model): the run goes on from it, but not as if it had never stopped.",
+                checkpoint,
+            )
+        self.advance_sampler()
+        if state["layout"] == self._layout():
+            self.load_generation_state(state["generation"])
+            if self.window_is_open:
+                window = load_state(checkpoint / ROLLOUTS_FILE.format(rank=self.accelerator.process_index))
+                self.buffered_rollouts, self.window_losses = window["rollouts"], window["losses"]
+        elif state["generation"]["step"] % state["layout"]["steps_per_window"]:
+            raise InputError(
+                f"{checkpoint} was saved with rollouts still to be trained on, under {state['layout']}; this run has "
+                f"{self._layout()}. Resume with the same values, or from a checkpoint at the end of a generation window."
+            )
+
+    def _method(self) -> dict[str, Any]:
+        curriculum = self.curriculum
+        return {
+            "loss_type": self.args.loss_type,
+            "advantage_transforms": [transform_name(t) for t in self.advantage_transforms],
+            "rollout_allocation": None if curriculum is None else getattr(self.args, "rollout_allocation", None),
+            "prompt_groups": None if curriculum is None else curriculum.group_column or PASS_RATE,
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """What may be changed on resume, and is said when it is."""
+        keys = ("delta_l_alpha", "delta_l_scope", "rollout_weighting", "correct_threshold", "correct_reward_func")
+        keys += ("prompt_weighting_kwargs", "rollout_allocation_kwargs", "difficulty_kwargs")
+        return {key: getattr(self.args, key, None) for key in keys}
+
+    def _layout(self) -> dict[str, int]:
+        """What must be equal for a half-used generation window to be taken up again."""
+        return {
+            "num_processes": self.accelerator.num_processes,
+            "per_device_train_batch_size": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "num_generations": self.num_generations,
+            "steps_per_window": self.steps_per_window,
+        }
+
+
+def check_method(path: Path, state: dict[str, Any], method: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Compare what a state file was saved with to what this run has; a changed setting is logged.
+
+    Args:
+        path (`Path`): The file, for the message.
+        state (`dict`): What stands in it, with the entries `method` and `settings`.
+        method (`dict`): What must be equal.
+        settings (`dict`): What may be changed.
+
+    Raises:
+        `InputError`: the methods differ.
+    """
+    saved = state["method"]
+    differing = [
+        f"{key}: {saved.get(key)!r} there, {value!r} here" for key, value in method.items() if saved.get(key) != value
+    ]
+    if differing:
+        raise InputError(
+            f"{path} belongs to another method ({'; '.join(differing)}). Resume with the recipe that wrote it, or "
+            "start a new run in another output_dir."
+        )
+    for key, value in settings.items():
+        if state["settings"].get(key) != value:
+            logger.warning(
+                "%s was saved with %s %s; the run goes on with %s.", path, key, state["settings"].get(key), value
+            )
+
+
+def state_of(rule: Any, name: str) -> Any:
+    """What a rule wants to be kept: its `state_dict()`, `{}` without one.
+
+    Raises:
+        `InputError`: it cannot be saved.
+    """
+    state = getattr(rule, "state_dict", dict)()
+    try:
+        check_state(state)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"state_dict() of the {name} cannot be saved: {error}") from error
+    return state

@@ -1,0 +1,71 @@
+"""Rules that a recipe names: from ours by name, or a user's own by dotted path, with their arguments."""
+
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from hf_delta.errors import InputError
+from hf_delta.imports import load_object
+
+
+def named_rule(name: str, known: Mapping[str, Any], key: str) -> Any:
+    """The rule of that name in `known`, or of that dotted path: a class or a function.
+
+    Raises:
+        `InputError`: there is none, or it cannot be called.
+    """
+    if name not in known and "." not in name:
+        raise InputError(f"{key}: there is no {name!r}. Write one of {', '.join(sorted(known))}, or a dotted path.")
+    rule = known.get(name) or load_object(name, key=key)
+    if not callable(rule):
+        raise InputError(f"{key}: {name} is neither a function nor a class.")
+    return rule
+
+
+def build_rule(name: str, kwargs: Mapping[str, Any], known: Mapping[str, Any], key: str) -> Any:
+    """The rule itself: a function as it is, a class instantiated with `kwargs`.
+
+    Raises:
+        `InputError`: as [`named_rule`], or the arguments are not those that the rule takes.
+    """
+    rule = named_rule(name, known, key)
+    if not isinstance(rule, type):
+        if kwargs:
+            raise InputError(f"{key}_kwargs: {name} is a function and takes none; make it a class.")
+        return rule
+    return build(rule, kwargs, f"{key}_kwargs")
+
+
+def build(cls: type, kwargs: Mapping[str, Any], key: str) -> Any:
+    """`cls(**kwargs)`, with the key of the recipe in every complaint.
+
+    Raises:
+        `InputError`: an argument is unknown or missing, or the class refuses its value.
+    """
+    signature = inspect.signature(cls)
+    try:
+        signature.bind(**kwargs)
+    except TypeError as error:
+        takes = ", ".join(signature.parameters) or "none"
+        raise InputError(f"{key}: {error}. {cls.__name__} takes: {takes}.") from error
+    try:
+        return cls(**kwargs)
+    except (InputError, TypeError, ValueError) as error:
+        raise InputError(f"{key}: {error}") from error
+
+
+def as_dict(value: dict | str | None, key: str) -> dict[str, Any]:
+    """A field that holds a dict, or JSON of one where it comes from a command line.
+
+    Raises:
+        `InputError`: it is neither.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{key} is not JSON: {error}.") from error
+    if value is not None and not isinstance(value, dict):
+        raise InputError(f"{key} must map names to values, got {value!r}.")
+    return value or {}

@@ -1,0 +1,518 @@
+"""Prompt weights and rollout budgets in the trainer: against brute force, TRL's own trainer, and a run never stopped."""
+
+import re
+
+import pytest
+import torch
+import trl
+from datasets import Dataset, IterableDataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer
+from hf_delta.checkpoint import STATE_FILE, load_state
+from hf_delta.errors import InputError
+from tests.rl.frozen import (
+    GENERATIONS,
+    PROMPTS,
+    GradientRecorder,
+    build_world,
+    dataset,
+    frozen_reward,
+    frozen_rollouts,
+)
+from tests.rl.gdro import COUNTS, GDRO, Remembering, binary_reward, frozen_groups, gdro_objective
+from tests.rl.test_resume import StopAt
+from tests.rl.test_trainer import assert_identical, build, config, lora, parameters
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+def rows_with_ids():
+    return [{**row, "prompt_id": str(i)} for i, row in enumerate(dataset())]
+
+
+# -- the objective --------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("layout", [(32, 1, 1), (4, 8, 8), (8, 2, 4)])
+def test_gradient_with_everything_on_equals_brute_force(world, tmp_path, layout):
+    """Variable groups, prompt weights that were learnt, Delta-L and masks of truncation, in every layout."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(world), AutoTokenizer.from_pretrained(world)
+    expected = gdro_objective(model, tokenizer, rows_with_ids(), eta=2.0, alpha=0.75)
+    rows, accumulate, per_generation = layout
+    recorder = GradientRecorder()
+    steps = per_generation // accumulate
+    trainer = build(
+        world,
+        tmp_path,
+        reward=binary_reward,
+        rollout_func=frozen_groups,
+        callbacks=[recorder],
+        per_device_train_batch_size=rows,
+        gradient_accumulation_steps=accumulate,
+        steps_per_generation=per_generation,
+        max_steps=2 * steps,
+        learning_rate=0.0,
+        optim="sgd",
+        **GDRO,
+    )
+    trainer.train()
+    recorder.gradients = recorder.gradients[steps:]
+    found = recorder.mean()
+    largest = max(g.abs().max().item() for g in expected.values())
+    assert largest > 1e-3
+    assert max((found[n] - g).abs().max().item() for n, g in expected.items()) < 2e-6 * max(1.0, largest)
+
+
+def test_an_allocation_of_equal_numbers_is_trl_bit_for_bit(world, tmp_path):
+    """Without a posterior to tell prompts apart everyone gets the mean; two windows with their own generation."""
+    settings = {"max_steps": 2, "learning_rate": 1e-3, "shuffle_dataset": True}
+    theirs = build(world, tmp_path / "a", trl.GRPOTrainer, trl.GRPOConfig, **settings)
+    theirs.train()
+    ours = build(
+        world, tmp_path / "b", rollout_allocation="tests.rl.test_gdro.equal", correct_threshold=1.0, **settings
+    )
+    ours.train()
+    assert ours.single_rows
+    assert_identical(parameters(theirs), parameters(ours))
+
+
+def equal(batch):
+    return torch.full((len(batch.prompt_ids),), GENERATIONS)
+
+
+def other_metrics(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("aggregation", ["sum_then_normalize", "normalize_then_sum"])
+def test_advantages_are_those_of_the_true_groups(world, tmp_path, scale, aggregation):
+    """Oracle: TRL's formulas on each group by itself, with rows that no function scores."""
+
+    def some(completions, **kwargs):
+        return [None if i % 7 == 0 else r for i, r in enumerate(frozen_reward(completions))]
+
+    def second(completions, **kwargs):
+        return [len(c) / 20 for c in completions]
+
+    both = aggregation == "normalize_then_sum"
+    trainer = build(
+        world,
+        tmp_path,
+        reward=[some, second] if both else some,
+        rollout_func=frozen_groups,
+        scale_rewards=scale,
+        multi_objective_aggregation=aggregation,
+        rollout_allocation="tests.rl.gdro.ByPromptId",
+        correct_threshold=1.0,
+    )
+    trainer.model.train()
+    raw = []
+    calculate = trainer._calculate_rewards
+    trainer._calculate_rewards = lambda *a: raw.append(calculate(*a)) or raw[-1]
+    rows = [row for row in trainer.train_dataset for _ in range(GENERATIONS)]
+    found = trainer._generate_and_score_completions(rows)["advantages"]
+    groups = [list(range(*span)) for span in spans([COUNTS[str(i)] for i in range(PROMPTS)])]
+    expected = by_hand(raw[0], groups, scale, aggregation, torch.ones(raw[0].shape[1]))
+    weights = torch.tensor([GENERATIONS / len(g) for g in groups for _ in g])
+    torch.testing.assert_close(found, expected * weights, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(trainer._logs["advantages"]), expected, rtol=1e-4, atol=1e-5)
+
+
+def spans(counts):
+    start = 0
+    for count in counts:
+        yield start, start + count
+        start += count
+
+
+def normalised(values):
+    known = values[~values.isnan()]
+    return (values - known.mean()) / (known.std() + 1e-4)
+
+
+def by_hand(rewards, groups, scale, aggregation, weights):
+    unscored = rewards.isnan().all(1)
+    if aggregation == "normalize_then_sum":
+        columns = [torch.cat([normalised(rewards[g, f]) for g in groups]) for f in range(rewards.shape[1])]
+        total = (torch.stack(columns, 1) * weights).nansum(1)
+        total[unscored] = torch.nan
+        return normalised(total).nan_to_num()
+    total = (rewards * weights).nansum(1)
+    total[unscored] = torch.nan
+    centred = torch.cat([total[g] - total[g].nanmean() for g in groups])
+    if scale == "group":
+        centred = torch.cat([normalised(total[g]) for g in groups])
+    if scale == "batch":
+        centred = centred / (total[~unscored].std() + 1e-4)
+    return centred.nan_to_num()
+
+
+# -- rows -----------------------------------------------------------------------------------------------------------
+class RowRecorder:
+    """A reward function that keeps the columns it was given."""
+
+    __name__ = "row_recorder"
+
+    def __init__(self):
+        self.batches = []
+
+    def __call__(self, prompts, completions, answer, prompt_id, **kwargs):
+        self.batches.append(list(zip(prompt_id, prompts, answer)))
+        return [float(i % 2) for i in range(len(prompts))]
+
+
+def test_every_prompt_gets_its_own_number_of_rows_and_keeps_its_columns(world, tmp_path):
+    recorder = RowRecorder()
+    trainer = build(world, tmp_path, reward=recorder, rollout_allocation="tests.rl.gdro.ByPromptId", max_steps=2)
+    trainer.train()
+    assert len(recorder.batches) == 2
+    known = {row["prompt_id"]: (row["prompt"], row["answer"]) for row in rows_with_ids()}
+    for batch in recorder.batches:
+        assert {name: sum(b[0] == name for b in batch) for name in COUNTS} == COUNTS
+        assert all(known[name] == (prompt, answer) for name, prompt, answer in batch)
+    assert other_metrics(trainer, "rollouts/max") == [8, 8]
+
+
+def test_weights_of_a_prompt_add_up_to_the_same_or_every_rollout_counts_once(world, tmp_path):
+    for weighting in ("prompt", "sample"):
+        rule = Remembering(eta=0.0, max_weight=100.0)
+        args = config(
+            tmp_path,
+            rollout_allocation="tests.rl.gdro.ByPromptId",
+            rollout_weighting=weighting,
+            prompt_groups="level",
+        )
+        model = AutoModelForCausalLM.from_pretrained(world)
+        trainer = DeltaGRPOTrainer(
+            model,
+            binary_reward,
+            args,
+            dataset(),
+            processing_class=AutoTokenizer.from_pretrained(world),
+            rollout_func=frozen_groups,
+            advantage_transforms=[rule],
+        )
+        trainer.train()
+        ((batch, weights),) = rule.seen
+        if weighting == "sample":
+            assert batch.row_weights.eq(1).all()
+            continue
+        sums = torch.zeros(PROMPTS, dtype=torch.float64).index_add_(0, batch.group_ids, batch.row_weights)
+        torch.testing.assert_close(sums, torch.full((PROMPTS,), float(GENERATIONS), dtype=torch.float64))
+
+
+def hard_or_even(completions, prompt_id, **kwargs):
+    """Prompts with even ids are never solved, the others every second time."""
+    return [float(int(p) % 2 and i % 2) for i, p in enumerate(prompt_id)]
+
+
+def test_the_budget_of_a_real_run_is_exact_and_follows_the_posterior(world, tmp_path):
+    """All prompts are seen by the second step: those with mixed results get more from then on."""
+
+    trainer = build(
+        world,
+        tmp_path,
+        reward=hard_or_even,
+        rollout_allocation="rollout_gdro",
+        rollout_allocation_kwargs={"exploration": 0.0},
+        max_steps=4,
+    )
+    trainer.train()
+    plan = trainer._plan
+    assert int(plan.counts.sum()) == PROMPTS * GENERATIONS
+    odd = torch.tensor([int(name) % 2 == 1 for name in plan.prompt_ids])
+    assert plan.counts[odd].min() > plan.counts[~odd].max()
+    assert other_metrics(trainer, "rollouts/max")[0] == GENERATIONS
+
+
+@pytest.mark.parametrize("solved", [0.0, 1.0])
+def test_all_solved_or_all_failed_stays_uniform_and_finite(world, tmp_path, solved):
+    trainer = build(
+        world,
+        tmp_path,
+        reward=lambda completions, **kwargs: [solved] * len(completions),
+        rollout_allocation="rollout_gdro",
+        prompt_weighting="prompt_gdro",
+        max_steps=3,
+    )
+    trainer.train()
+    assert trainer._plan.counts.eq(GENERATIONS).all()
+    assert all(p.isfinite().all() for p in parameters(trainer).values())
+
+
+def test_evaluation_is_left_alone(world, tmp_path):
+    """Rows of an evaluation are not shared out, and nothing is learnt from them."""
+    settings = {"rollout_allocation": "rollout_gdro", "prompt_weighting": "prompt_gdro", "prompt_groups": "level"}
+    trainer = build(world, tmp_path, reward=binary_reward, eval_strategy="no", **settings)
+    trainer.train()
+    before = trainer.curriculum.state_dict()
+    trainer.eval_dataset = trainer.train_dataset
+    trainer.evaluate()
+    assert_same(before, trainer.curriculum.state_dict())
+
+
+def test_the_loss_signal_is_the_surrogate_of_the_window(world, tmp_path):
+    """At ratio 1 it is -A; with several updates per window it is what the clipped ratios give, by a second forward pass."""
+    rule = Remembering(signal="loss")
+    heard = []
+    rule.on_losses = lambda sums, counts: heard.append((sums, counts))
+    args = config(
+        tmp_path,
+        prompt_groups="level",
+        per_device_train_batch_size=8,
+        gradient_accumulation_steps=1,
+        steps_per_generation=4,
+        max_steps=8,
+        learning_rate=0.0,
+        correct_threshold=1.0,
+    )
+    trainer = DeltaGRPOTrainer(
+        AutoModelForCausalLM.from_pretrained(world),
+        frozen_reward,
+        args,
+        dataset(),
+        processing_class=AutoTokenizer.from_pretrained(world),
+        rollout_func=frozen_rollouts,
+        advantage_transforms=[rule],
+    )
+    trainer.train()
+    assert len(heard) == 2
+    for (sums, counts), (batch, _) in zip(heard, rule.seen):
+        expected = torch.zeros(2, dtype=torch.float64).index_add_(0, batch.groups, -batch.advantages.double())
+        assert counts.tolist() == [16.0, 16.0]
+        torch.testing.assert_close(sums, expected, atol=1e-5, rtol=0)
+
+
+# -- state ----------------------------------------------------------------------------------------------------------
+LEARNING = {
+    "reward": hard_or_even,
+    "loss_type": "delta_l",
+    "prompt_weighting": "prompt_gdro",
+    "prompt_weighting_kwargs": {"signal": "loss", "eta": 50.0},
+    "rollout_allocation": "rollout_gdro",
+    "difficulty_kwargs": {"prior_column": "level"},
+    "per_device_train_batch_size": 8,
+    "steps_per_generation": 2,
+    "num_iterations": 2,
+    "max_steps": 10,
+    "learning_rate": 3e-3,
+    "save_strategy": "steps",
+    "save_steps": 1,
+}
+
+
+class PlanRecorder(TrainerCallback):
+    """What was handed out before each step."""
+
+    def __init__(self):
+        self.counts = []
+
+    def of(self, trainer):
+        plan = trainer.curriculum.plan
+
+        def remembered(*args):
+            found = plan(*args)
+            self.counts.append((found.prompt_ids, found.counts.tolist(), found.groups.tolist()))
+            return found
+
+        trainer.curriculum.plan = remembered
+        return trainer
+
+
+@pytest.mark.parametrize(
+    "controller,cut", [("variance", 4), ("variance", 5), ("variance", 6), ("variance", 7), ("exp3", 7)]
+)
+def test_a_resumed_run_hands_out_what_one_never_stopped_does(world, tmp_path, controller, cut):
+    """A window has 4 steps: cut at its end and inside it, where losses of half a window are still to be learnt from."""
+    settings = {**LEARNING, "rollout_allocation_kwargs": {"controller": controller}}
+    straight = PlanRecorder()
+    whole = straight.of(build(world, tmp_path / "straight", peft_config=lora(0.2), **settings))
+    whole.train()
+    assert len({tuple(counts) for _, counts, _ in straight.counts}) > 1, "the allocation never changed"
+    build(world, tmp_path / "cut", peft_config=lora(0.2), callbacks=[StopAt(cut)], **settings).train()
+    again = PlanRecorder()
+    resumed = again.of(build(world, tmp_path / "cut", peft_config=lora(0.2), **settings))
+    resumed.train(resume_from_checkpoint=True)
+    assert straight.counts[-len(again.counts) :] == again.counts
+    assert_identical(parameters(whole), parameters(resumed))
+    state = [load_state(tmp_path / run / "checkpoint-10" / STATE_FILE) for run in ("straight", "cut")]
+    assert_same(state[0]["curriculum"], state[1]["curriculum"])
+    assert_same(state[0]["transforms"], state[1]["transforms"])
+
+
+def assert_same(one, other):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_same(one[key], other[key])
+    elif isinstance(one, list):
+        assert len(one) == len(other)
+        for a, b in zip(one, other):
+            assert_same(a, b)
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other)
+    else:
+        assert one == other
+
+
+def test_another_curriculum_is_refused_on_resume(world, tmp_path):
+    settings = {"reward": binary_reward, "max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    build(world, tmp_path, rollout_allocation="rollout_gdro", **settings).train()
+    for changes in ({}, {"rollout_allocation": "rollout_gdro", "prompt_groups": "level"}):
+        with pytest.raises(InputError, match="belongs to another method"):
+            build(world, tmp_path, **settings, **changes).train(resume_from_checkpoint=True)
+
+
+# -- bad input ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"prompt_weighting": "gdro"}, "prompt_weighting: there is no 'gdro'. Write one of .*prompt_gdro"),
+        ({"rollout_allocation": "gdro"}, "rollout_allocation: there is no 'gdro'. Write one of rollout_gdro"),
+        (
+            {"prompt_weighting": "prompt_gdro", "prompt_weighting_kwargs": {"etta": 1}},
+            "prompt_weighting_kwargs: .*'etta'.*takes: signal",
+        ),
+        (
+            {"prompt_weighting": "prompt_gdro", "prompt_weighting_kwargs": {"eta": -1}},
+            "prompt_weighting_kwargs: .*eta",
+        ),
+        ({"prompt_weighting": "prompt_gdro", "prompt_weighting_kwargs": "{"}, "prompt_weighting_kwargs is not JSON"),
+        ({"prompt_weighting": "prompt_gdro", "prompt_weighting_kwargs": [1]}, "must map names to values"),
+        ({"rollout_allocation": "rollout_gdro", "rollout_allocation_kwargs": {"n_min": 5}}, "n_min is 5"),
+        ({"rollout_allocation": "rollout_gdro", "rollout_allocation_kwargs": {"n_max": 3}}, "n_max is 3"),
+        ({"rollout_allocation": "rollout_gdro", "rollout_weighting": "token"}, "prompt or sample, got 'token'"),
+        ({"rollout_weighting": "sample"}, "rollout_weighting does nothing without rollout_allocation"),
+        ({"rollout_allocation": "rollout_gdro", "difficulty_kwargs": {"edge": [0.5]}}, "difficulty_kwargs: .*'edge'"),
+        (
+            {"prompt_weighting": "prompt_gdro", "difficulty_kwargs": {"edges": [0.5, 0.2]}},
+            "difficulty_kwargs: .*edges",
+        ),
+        (
+            {"prompt_weighting": "prompt_gdro", "per_device_train_batch_size": GENERATIONS},
+            "one prompt of num_generations 4",
+        ),
+        (
+            {"merged_rollouts": True, "use_transformers_continuous_batching": True},
+            "merged_rollouts does not work with use_transformers_continuous_batching",
+        ),
+    ],
+)
+def test_a_wrong_config_is_refused(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        config(tmp_path, DeltaGRPOConfig, **changes)
+
+
+@pytest.mark.parametrize("changes", [{"prompt_groups": "level"}, {"difficulty_kwargs": {"decay": 0.5}}])
+def test_keys_of_groups_without_a_rule_for_them_are_refused(world, tmp_path, changes):
+    with pytest.raises(InputError, match=f"{next(iter(changes))} does nothing without prompt_weighting or rollout"):
+        build(world, tmp_path, **changes)
+
+
+def with_column(name, values):
+    found = dataset()
+    return found.remove_columns([name] if name in found.column_names else []).add_column(name, values)
+
+
+@pytest.mark.parametrize(
+    "data,changes,message",
+    [
+        (
+            dataset(),
+            {"prompt_groups": "topic"},
+            "prompt_groups: the dataset has no column 'topic'; it has answer, level",
+        ),
+        (
+            with_column("level", ["a", None, "b", None, "a", "a", "a", "a"]),
+            {"prompt_groups": "level"},
+            "prompt_groups: row 1 has no level, and so have 1 more",
+        ),
+        (with_column("prompt_id", ["a", "b", "c", None, "e", "f", "g", "h"]), {}, "prompt_id: row 3 has no prompt_id"),
+        (
+            with_column("prompt_id", ["a", "b", "c", "a", "e", "f", "g", "h"]),
+            {},
+            "prompt_id 'a' names two different prompts, in rows 0 and 3",
+        ),
+        (
+            dataset(),
+            {"difficulty_kwargs": {"prior_column": "topic"}},
+            "prior_column: the dataset has no column 'topic'",
+        ),
+        (dataset(), {"correct_reward_func": "accuracy"}, "no reward function is called 'accuracy'; there are binary"),
+        (dataset(), {"remove_unused_columns": True}, "remove_unused_columns: true would remove them"),
+    ],
+)
+def test_wrong_data_is_refused_before_training(world, tmp_path, data, changes, message):
+    args = config(tmp_path, prompt_weighting="prompt_gdro", **changes)
+    with pytest.raises(InputError, match=re.escape(message).replace(r"\.\*", ".*")):
+        DeltaGRPOTrainer(world, binary_reward, args, data)
+
+
+def test_the_same_prompt_twice_may_share_an_id(world, tmp_path):
+    data = Dataset.from_list([*rows_with_ids(), rows_with_ids()[0]])
+    args = config(tmp_path, prompt_weighting="prompt_gdro")
+    assert DeltaGRPOTrainer(world, binary_reward, args, data).curriculum is not None
+
+
+def test_rewards_outside_of_0_and_1_need_a_threshold(world, tmp_path):
+    def wide(completions, **kwargs):
+        return [float(i % 3 - 1) for i in range(len(completions))]
+
+    settings = {"reward": wide, "rollout_allocation": "rollout_gdro"}
+    with pytest.raises(InputError, match="lies between -1 and 1, .*Write correct_threshold"):
+        build(world, tmp_path, **settings).train()
+    build(world, tmp_path, correct_threshold=0.5, **settings).train()
+
+
+def test_one_function_may_decide_what_is_correct(world, tmp_path):
+    def accuracy(completions, **kwargs):
+        return [float(i % 2) for i in range(len(completions))]
+
+    def style(completions, **kwargs):
+        return [-3.0] * len(completions)
+
+    trainer = build(
+        world,
+        tmp_path,
+        reward=[style, accuracy],
+        rollout_allocation="rollout_gdro",
+        correct_reward_func="accuracy",
+    )
+    trainer.train()
+    rates = trainer.curriculum.difficulty.estimate([str(i) for i in range(PROMPTS)])
+    assert rates.seen.tolist() == [4.0] * PROMPTS and rates.solved.tolist() == [2.0] * PROMPTS
+
+
+def wrong_sum(batch):
+    return torch.full((len(batch.prompt_ids),), 3)
+
+
+def failing(batch):
+    raise KeyError("x")
+
+
+@pytest.mark.parametrize(
+    "rule,message", [("wrong_sum", "at least 2 rollouts, 32 in all"), ("failing", "raised KeyError")]
+)
+def test_a_broken_allocation_rule_is_named(world, tmp_path, rule, message):
+    trainer = build(world, tmp_path, reward=binary_reward, rollout_allocation=f"tests.rl.test_gdro.{rule}")
+    with pytest.raises(InputError, match=message):
+        trainer.train()
+
+
+def test_streams_have_groups_that_come_as_they_come(world, tmp_path):
+    stream = IterableDataset.from_generator(lambda: iter(dataset(16).to_list()))
+    args = config(
+        tmp_path,
+        prompt_weighting="prompt_gdro",
+        prompt_groups="level",
+        rollout_allocation="rollout_gdro",
+        max_steps=3,
+        accelerator_config={"dispatch_batches": False},
+    )
+    trainer = DeltaGRPOTrainer(world, binary_reward, args, stream)
+    trainer.train()
+    assert set(trainer.curriculum.group_names) == {"add0", "add1"}
