@@ -200,7 +200,7 @@ def play(rule, adversary, size, rounds):
     total, got = torch.zeros(size, dtype=torch.float64), 0.0
     for t in range(rounds):
         rule(seen)
-        q = torch.tensor([rule.log_metrics(seen)[f"prompt_gdro/q/g{b}"] for b in range(size)], dtype=torch.float64)
+        q = torch.tensor([rule.log_metrics(seen)[f"gdro/q/g{b}"] for b in range(size)], dtype=torch.float64)
         losses = adversary(t, q)
         rule.on_losses(4 * losses, torch.full((size,), 4))
         total += losses

@@ -225,9 +225,9 @@ class PromptGDROWeights:
         return self._used.get("weight", torch.full_like(self._total, torch.nan))
 
     def log_metrics(self, batch: RolloutBatch) -> dict[str, float]:
-        """Weight, score and `q` of each group in the last batch, as they were used, as `prompt_gdro/weight/<group>` etc."""
+        """Weight, score and `q` of each group in the last batch, as they were used, as `gdro/weight/<group>` and so on."""
         return {
-            f"prompt_gdro/{key}/{name}": value
+            f"gdro/{key}/{name}": value
             for key, values in self._used.items()
             for name, value in zip(batch.group_names, values.tolist())
             if not math.isnan(value)
