@@ -1,4 +1,4 @@
-"""A stand-in for vLLM: the part of its surface that TRL's colocate mode uses, on CPU, strict where vLLM is or should be.
+"""A stand-in for vLLM: the part of its surface that TRL uses, on CPU, strict where vLLM is or should be.
 
 ```python
 with standin_vllm():
@@ -7,13 +7,16 @@ with standin_vllm():
     engine = trainer.vllm_generation.llm  # records every call
 ```
 
+With `vllm_mode="server"` it is `standin_vllm(serves=path)`, and the engine is `trainer.vllm_generation.vllm_client.llm`.
+
 It shows which weights and prompts reach the engine, in which order, and whether the log-probabilities fit the trained
-model. It says nothing of vLLM's kernels, memory, tensor parallelism, server mode, or its own names for fused weights.
+model. It says nothing of vLLM's kernels, memory, tensor parallelism, HTTP or NCCL, or its own names for fused weights.
 """
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from unittest.mock import patch
 
 from trl.generation import vllm_generation
@@ -21,10 +24,12 @@ from trl.generation import vllm_generation
 from tests.standin_vllm.engine import LLM, GenerateCall
 from tests.standin_vllm.outputs import CompletionOutput, Logprob, RequestOutput
 from tests.standin_vllm.sampling import SamplingParams, StructuredOutputsParams
+from tests.standin_vllm.server import Client
 
 
 __all__ = [
     "LLM",
+    "Client",
     "CompletionOutput",
     "GenerateCall",
     "Logprob",
@@ -36,10 +41,10 @@ __all__ = [
 
 
 @contextmanager
-def standin_vllm() -> Iterator[None]:
+def standin_vllm(serves: str | None = None) -> Iterator[None]:
     """For one trainer, built and trained inside: TRL's generation backend finds this engine in place of vLLM.
 
-    One module of TRL imports vLLM for colocate mode, and only if it is installed, so replacing the names there is enough,
+    One module of TRL imports vLLM for generation, and only if it is installed, so replacing the names there is enough,
     with or without a real vLLM, and leaves `sys.modules` alone. TRL also writes `RANK`, `LOCAL_RANK`, `WORLD_SIZE` and an
     address to the environment, which the next trainer would take for a launch; they are gone at the end.
     """
@@ -49,6 +54,7 @@ def standin_vllm() -> Iterator[None]:
         "RequestOutput": RequestOutput,
         "SamplingParams": SamplingParams,
         "StructuredOutputsParams": StructuredOutputsParams,
+        "VLLMClient": partial(Client, serves),
     }
     with patch.dict(os.environ), patch.multiple(vllm_generation, create=True, **names):
         yield
