@@ -9,10 +9,14 @@ import trl
 from torch.distributed.tensor import DTensor
 
 from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer
+from hf_delta.checkpoint import STATE_FILE, load_state
 from tests.adapters.life import DORA, KINDS
 from tests.distributed.fsdp_on_cpu import FSDP2, fsdp_on_cpu
 from tests.distributed.sharded_adapters import left_whole, sharded_adapter
 from tests.rl.frozen import GENERATIONS, PROMPTS, GradientRecorder, frozen_rollouts
+from tests.rl.gdro import GDRO, binary_reward, frozen_groups
+from tests.rl.test_gdro import LEARNING as LEARNING_GDRO
+from tests.rl.test_gdro import PlanRecorder
 from tests.rl.test_resume import StopAt
 from tests.rl.test_trainer import build as build_trainer
 from tests.rl.test_trainer import lora
@@ -109,6 +113,50 @@ def resume(world, folder, cut=3, **changes):
     }
 
 
+def gdro_gradient(world, folder, **changes):
+    """Gradient of the second step, with weights learnt in the first and groups that reach over both processes."""
+    recorder = GradientRecorder()
+    settings = {
+        "per_device_train_batch_size": ROWS,
+        "max_steps": 2,
+        "learning_rate": 0.0,
+        "optim": "sgd",
+        **GDRO,
+        **changes,
+    }
+    trainer = build(world, folder, callbacks=[recorder], rollout_func=frozen_groups, reward=binary_reward, **settings)
+    trainer.train()
+    return {
+        "sharded": trainer.accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in trainer.model.parameters()),
+        "gradient": {n: full(g) for n, g in recorder.gradients[1].items()},
+    }
+
+
+def gdro_resume(world, folder, cut=7, controller="variance"):
+    """A window has 4 steps; what each run handed out, what it ends with, and what it knows then."""
+    settings = {
+        **LEARNING_GDRO,
+        "per_device_train_batch_size": 4,
+        "rollout_allocation_kwargs": {"controller": controller},
+    }
+    plans, runs = [PlanRecorder(), PlanRecorder()], []
+    runs.append(plans[0].of(build(world, folder / "straight", peft_config=lora(0.2), **settings)))
+    runs[0].train()
+    build(world, folder / "cut", peft_config=lora(0.2), callbacks=[StopAt(cut)], **settings).train()
+    runs.append(plans[1].of(build(world, folder / "cut", peft_config=lora(0.2), **settings)))
+    runs[1].train(resume_from_checkpoint=True)
+    return {
+        "plans": [plan.counts for plan in plans],
+        "parameters": [trained(run) for run in runs],
+        "here": [
+            {"curriculum": r.curriculum.state_dict(), "rules": r.advantage_transforms[1].state_dict()} for r in runs
+        ],
+        "saved": [
+            load_state(folder / run / "checkpoint-10" / STATE_FILE)["curriculum"] for run in ("straight", "cut")
+        ],
+    }
+
+
 def under_fsdp2(case):
     def run(world, folder):
         with fsdp_on_cpu():
@@ -127,6 +175,10 @@ CASES = {
     "rule": what_a_rule_sees,
     "features_off": features_off,
     "resume": resume,
+    "gdro": gdro_gradient,
+    "gdro_fsdp2": under_fsdp2(gdro_gradient),
+    "gdro_resume": gdro_resume,
+    "gdro_resume_exp3": partial(gdro_resume, controller="exp3"),
     "delta_l_fsdp2": under_fsdp2(frozen_gradient),
     "resume_fsdp2": under_fsdp2(resume),
     **{f"fully_shard_{kind}": partial(sharded_adapter, kind=kind) for kind in [*KINDS, *DORA]},

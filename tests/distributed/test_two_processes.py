@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.adapters.life import DORA, KINDS
 from tests.distributed.cases import FROZEN, LEARNING, ROWS
 from tests.rl.frozen import GENERATIONS, PROMPTS, GradientRecorder, frozen_rollouts
+from tests.rl.gdro import gdro_objective
+from tests.rl.test_gdro import assert_same, rows_with_ids
 from tests.rl.test_trainer import assert_identical, build
 
 
@@ -31,6 +34,32 @@ def test_gradient_of_two_processes_is_that_of_one(two_processes, one_process_gra
         assert rank["gradient"].keys() == expected.keys()
         for name, gradient in expected.items():
             torch.testing.assert_close(rank["gradient"][name], gradient, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["gdro", "gdro_fsdp2"])
+def test_gradient_with_variable_groups_is_that_of_brute_force(world, two_processes, case):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(world), AutoTokenizer.from_pretrained(world)
+    expected = gdro_objective(model, tokenizer, rows_with_ids(), eta=2.0, alpha=0.75)
+    for rank in two_processes(case):
+        assert rank["sharded"] == (case == "gdro_fsdp2")
+        assert rank["gradient"].keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(rank["gradient"][name], gradient, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", ["gdro_resume", "gdro_resume_exp3"])
+def test_budgets_are_the_same_on_both_ranks_and_after_a_stop(two_processes, case):
+    ranks = two_processes(case)
+    for rank in ranks:
+        straight, resumed = rank["plans"]
+        assert straight[-len(resumed) :] == resumed
+        assert_identical(*rank["parameters"])
+        assert_same(*rank["here"])
+        assert_same(*rank["saved"])
+        assert_same(rank["saved"][0], rank["here"][0]["curriculum"])
+    assert_same(ranks[0]["here"], ranks[1]["here"])
+    assert ranks[0]["plans"] == ranks[1]["plans"]
+    assert len({tuple(counts) for _, counts, _ in ranks[0]["plans"][0]}) > 1, "the allocation never changed"
 
 
 def test_a_rule_sees_the_whole_batch_on_both_ranks_as_in_one_process(world, two_processes, tmp_path):
