@@ -516,3 +516,31 @@ def test_streams_have_groups_that_come_as_they_come(world, tmp_path):
     trainer = DeltaGRPOTrainer(world, binary_reward, args, stream)
     trainer.train()
     assert set(trainer.curriculum.group_names) == {"add0", "add1"}
+
+
+# -- merged rollouts ------------------------------------------------------------------------------------------------
+def test_rollouts_run_merged_and_leave_the_base_as_it_was(world, tmp_path):
+    trainer = build(world, tmp_path, peft_config=lora(0.0), merged_rollouts=True, max_steps=3, learning_rate=0.1)
+    layer = trainer.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    base, before = layer.base_layer.weight, layer.base_layer.weight.detach().clone()
+    generate, seen = trainer.model.generate, []
+
+    def spy(*args, **kwargs):
+        seen.append((layer.merged_adapters[:], layer.base_layer.weight is base, layer.base_layer.weight.clone()))
+        return generate(*args, **kwargs)
+
+    trainer.model.generate = spy
+    trainer.train()
+    assert [names for names, _, _ in seen] == [["default"]] * 3
+    assert not any(same for _, same, _ in seen)
+    assert not torch.equal(seen[2][2], before), "nothing was merged"
+    assert layer.base_layer.weight is base and torch.equal(base, before) and not layer.merged_adapters
+
+
+def test_merged_rollouts_off_never_merges(world, tmp_path):
+    trainer = build(world, tmp_path, peft_config=lora(0.0), max_steps=1)
+    layer = trainer.model.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    generate, seen = trainer.model.generate, []
+    trainer.model.generate = lambda *a, **k: seen.append(layer.merged_adapters[:]) or generate(*a, **k)
+    trainer.train()
+    assert seen == [[]]
