@@ -1,6 +1,6 @@
 """From what is known about the prompts of a batch to a number of rollouts for each: torch in, torch out."""
 
-from hf_delta.rl.allocation.base import AllocationRule, PassRates, PromptBatch
+from hf_delta.rl.allocation.base import AllocationRule, PromptBatch
 from hf_delta.rl.allocation.budget import greedy_budget, nearest_budget
 from hf_delta.rl.allocation.rollout_gdro import RolloutGDRO
 
@@ -13,7 +13,6 @@ ALLOCATION_RULES: dict[str, type] = {
 __all__ = [
     "ALLOCATION_RULES",
     "AllocationRule",
-    "PassRates",
     "PromptBatch",
     "RolloutGDRO",
     "greedy_budget",

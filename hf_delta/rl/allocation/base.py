@@ -5,21 +5,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-
-class PassRates(Protocol):
-    """What is known about the pass rates of `P` prompts, see [`~hf_delta.rl.difficulty.Difficulty`]: tensors `(P,)`, float64."""
-
-    @property
-    def seen(self) -> torch.Tensor:
-        """Rollouts so far, with forgetting."""
-
-    @property
-    def solved(self) -> torch.Tensor:
-        """Correct rollouts so far, with forgetting."""
-
-    @property
-    def variance_of_reward(self) -> torch.Tensor:
-        """`E[p (1 - p)]` under the posterior of each prompt's pass rate `p`."""
+from hf_delta.rl.difficulty import PassRates
 
 
 @dataclass(frozen=True)
@@ -29,7 +15,7 @@ class PromptBatch:
     Args:
         prompt_ids (`list[str]`):
             Stable id of each prompt. A prompt that the sampler drew twice stands here twice.
-        rates (`PassRates`):
+        rates ([`~hf_delta.rl.difficulty.PassRates`]):
             What is known about their pass rates.
         groups (`torch.Tensor` of shape `(P,)`, int64):
             Difficulty group of each prompt, counted from 0; -1 for none.
