@@ -102,7 +102,7 @@ def choose(results: dict[str, list[dict]]) -> dict:
     """The best Prompt and the best Rollout variant by the rule of the settings, and the means it went by."""
     means = {arm: statistics.mean(scores(runs, settings.PRIMARY)) for arm, runs in results.items()}
     best = {
-        kind: max(settings.candidates(variants), key=means.get)
+        kind: max(variants, key=means.get)
         for kind, variants in (("prompt", settings.PROMPT_VARIANTS), ("rollout", settings.ROLLOUT_VARIANTS))
     }
     return {**best, "measure": settings.PRIMARY, "means": {arm: round(mean, 4) for arm, mean in means.items()}}
@@ -138,8 +138,13 @@ def main(argv=None):
 
 def _prompts(study, args):
     arms = {settings.GRPO: {}, GRPO_ALL_PROMPTS: {}}
-    study.conduct(arms, args.tuning_seeds)
-    print(markdown(study.summary(arms, args.tuning_seeds)))
+    seeds = args.tuning_seeds[: len(settings.PROMPTS_SEEDS)]
+    study.conduct(arms, seeds)
+    found = study.summary(arms, seeds)
+    print(markdown(found))
+    lost = found["arms"][GRPO_ALL_PROMPTS]["measures"][settings.PRIMARY]["minus GRPO"][0]
+    if lost > settings.PROMPTS_TOLERANCE:
+        raise SystemExit(f"GRPO loses {lost:.3f} with {settings.PROMPTS_A_LEVEL} prompts a level: take all of them.")
 
 
 def _screen(study, args):
