@@ -1,5 +1,6 @@
 """The stand-in engine against transformers, one unpadded sequence at a time."""
 
+import inspect
 import os
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 from trl.generation import vllm_generation
+from trl.generation.vllm_client import VLLMClient
 
 from tests.rl.frozen import build_world
-from tests.standin_vllm import LLM, SamplingParams, standin_vllm
+from tests.standin_vllm import LLM, Client, SamplingParams, standin_vllm
 
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 5, 6]]
@@ -163,3 +165,20 @@ def test_nothing_is_left_behind_in_trl_or_the_environment():
         assert vllm_generation.LLM is LLM and vllm_generation.is_vllm_available()
         os.environ["RANK"] = "0"
     assert dict(os.environ) == environment and dict(vars(vllm_generation)) == names
+
+
+def test_the_client_has_the_methods_of_trls_client_with_their_parameters():
+    for name, method in inspect.getmembers(Client, inspect.isfunction):
+        theirs = inspect.signature(getattr(VLLMClient, name)).parameters
+        ours = inspect.signature(method).parameters
+        assert set(ours) - {"serves", "params"} <= set(theirs), name
+        assert "params" in ours or {n for n, p in theirs.items() if p.default is p.empty} <= set(ours), name
+
+
+def test_weights_that_a_server_was_not_told_of_are_refused(world):
+    client = Client(world, base_url="")
+    weight = torch.ones(64)
+    with pytest.raises(ValueError, match="announced as"):
+        client.update_named_params([("model.norm.weight", "bfloat16", [64])], iter([("model.norm.weight", weight)]))
+    client.update_named_params([("model.norm.weight", "float32", [64])], iter([("model.norm.weight", weight)]))
+    assert torch.equal(client.llm.weights()["model.norm.weight"], weight)
