@@ -54,7 +54,7 @@ def summary(results: dict[str, list[dict]], bases: list[dict]) -> dict:
         arms[arm] = {
             "keys": runs[0]["keys"],
             "measures": figures,
-            "curve": [[rollouts, float(mean)] for rollouts, mean in zip(curves[arm][0], curves[arm][1].mean(0))],
+            "curve": [[int(rollouts), float(mean)] for rollouts, mean in zip(curves[arm][0], curves[arm][1].mean(0))],
             "rollouts to GRPO's final score": reached_with_interval(*curves[arm], np.array(target)),
             "silent prompts": _silent(runs),
             "cpu_seconds": statistics.mean(run["cpu_seconds"] for run in runs),
@@ -78,7 +78,8 @@ def _curves(runs, bases):
 
 def reached(rollouts: np.ndarray, curve: np.ndarray, target: float) -> float:
     """Rollouts at which a curve, linear between its points, first reaches a score; infinite if it does not."""
-    above = np.flatnonzero(curve >= target)
+    # GRPO reaches its own score, however its mean was rounded.
+    above = np.flatnonzero(curve >= target - 1e-9)
     if not len(above):
         return float("inf")
     i = above[0]
@@ -183,18 +184,16 @@ def draw(found: dict, path) -> None:
     import matplotlib.pyplot as plt
 
     figure = plt.figure(figsize=(13, 10.5), layout="constrained")
-    grid = figure.add_gridspec(3, 4, height_ratios=(1.1, 1, 1))
-    names = list(MEASURES)[:4]
-    forests = [figure.add_subplot(grid[0, i]) for i in range(4)]
-    for axes, name in zip(forests, names):
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.7))
+    forests = top.subplots(1, 4, sharey=True)
+    for axes, name in zip(forests, list(MEASURES)):
         _draw_forest(axes, found, name)
-        axes.tick_params(labelleft=axes is forests[0])
-    handles, labels = forests[0].get_legend_handles_labels()
-    forests[0].legend(handles, labels, loc="lower left", bbox_to_anchor=(-0.6, 1.08), ncols=2, frameon=False)
-    _draw_curves(figure.add_subplot(grid[1:, :2]), found)
+    top.legend(*forests[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    left, right = bottom.subfigures(1, 2)
+    _draw_curves(left.subplots(), found)
     curriculum = found["arms"][BOTH]["curriculum"]
-    for row, (key, neutral) in enumerate((("weight", 1.0), ("rollouts", float(GENERATIONS))), start=1):
-        _draw_heat(figure, figure.add_subplot(grid[row, 2:]), curriculum, key, neutral)
+    for axes, (key, neutral) in zip(right.subplots(2, 1), (("weight", 1.0), ("rollouts", float(GENERATIONS)))):
+        _draw_heat(right, axes, curriculum, key, neutral)
     figure.savefig(path, dpi=100)
 
 
@@ -213,6 +212,7 @@ def _draw_forest(axes, found, name):
     axes.axvline(0, color="grey", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(len(arms) - 0.5, -0.5)
+    axes.locator_params(axis="x", nbins=5)
     axes.set_title(name if name.startswith("worst") else f"mean over levels, {name}", fontsize="medium")
 
 
