@@ -1,15 +1,16 @@
 """Merging of one PEFT layer that leaves its base weights alone, through private names of torch and PEFT."""
 
-import warnings
-from typing import Any
+import operator
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 
-# Attributes in which torch keeps what a module consists of.
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+# Attributes of a tuner layer that are not looked after: what it consists of is put back in other ways.
+_REGISTRIES = ("_parameters", "_modules")
+# Attributes of the modules inside of it in which a merge may leave something.
+_NOTES = ("_buffers", "_non_persistent_buffers_set")
 
 
 class CopiedMerge:
@@ -29,34 +30,29 @@ class CopiedMerge:
         self.exchanges = not copies
         self._base = layer.base_layer
         self._registered = [(module, dict(module._parameters)) for module in base_parameters(layer)]
-        self._attributes: dict[str, Any] = {}
+        self._changed: list[_Attribute] = []
         self._installed: list[tuple[nn.Module, str, nn.Parameter]] = []
         if copies:
             self._install_copies()
 
     def merge(self, adapter_names: list[str] | None = None) -> None:
         """Merge, with whatever `merge` of the layer raises; [`undo`] is due in any case."""
-        before = {name: (value, _content(value)) for name, value in self._plain_attributes().items()}
+        before = self._attributes()
         try:
             with torch.no_grad():
                 self.layer.merge(adapter_names=adapter_names)
         finally:
-            now = self._plain_attributes()
-            self._attributes = {
-                name: before.get(name)
-                for name in {**before, **now}
-                if name not in now or name not in before or not _is_still(now[name], *before[name])
-            }
+            self._changed = [attribute for attribute in before if not attribute.is_still()]
             exchanged = any(module._parameters[name] is not copy for module, name, copy in self._installed)
             self.exchanges = self.exchanges or exchanged or self.layer.base_layer is not self._base
 
     def undo(self) -> None:
         """Put back the very objects: parameters of the base layer, and what `merge` noted in the layer."""
-        if self.exchanges and self.layer.merged:
+        if not self.exchanges:
+            for attribute in self._changed:
+                attribute.restore()
+        elif self.layer.merged:
             self.layer.unmerge()
-        elif not self.exchanges:
-            for name, found in self._attributes.items():
-                self._restore(name, found)
         for module, parameters in self._registered:
             module._parameters.clear()
             module._parameters.update(parameters)
@@ -74,34 +70,38 @@ class CopiedMerge:
                 module._parameters[name] = copy
                 self._installed.append((module, name, copy))
 
-    def _plain_attributes(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self.layer).items() if name not in _REGISTRIES}
+    def _attributes(self) -> list["_Attribute"]:
+        base = set(self._base.modules())
+        notes = [(module, name) for module in self.layer.modules() if module not in base for name in _NOTES]
+        plain = [(self.layer, name) for name in vars(self.layer) if name not in (*_REGISTRIES, *_NOTES)]
+        return [_Attribute(owner, name) for owner, name in notes + plain]
 
-    def _restore(self, name: str, found: tuple[Any, Any] | None) -> None:
-        if found is None:
-            vars(self.layer).pop(name, None)
-            return
-        value, content = found
+
+class _Attribute:
+    """An attribute of a module as it was, with what it held if it is a container."""
+
+    def __init__(self, owner: nn.Module, name: str):
+        self.owner, self.name = owner, name
+        self.value = vars(owner)[name]
+        self.content = self.value.copy() if isinstance(self.value, (list, dict, set)) else None
+
+    def is_still(self) -> bool:
+        value, content = vars(self.owner).get(self.name), self.content
+        if value is not self.value:
+            return False
         if isinstance(value, list):
-            value[:] = content
-        elif isinstance(value, dict):
-            value.clear()
-            value.update(content)
-        vars(self.layer)[name] = value
+            return len(value) == len(content) and all(map(operator.is_, value, content))
+        if isinstance(value, dict):
+            return value.keys() == content.keys() and all(value[key] is content[key] for key in content)
+        return content is None or value == content
 
-
-def _content(value: Any) -> Any:
-    return value.copy() if isinstance(value, (list, dict)) else None
-
-
-def _is_still(now: Any, value: Any, content: Any) -> bool:
-    if now is not value:
-        return False
-    if isinstance(value, list):
-        return len(value) == len(content) and all(a is b for a, b in zip(value, content))
-    if isinstance(value, dict):
-        return value.keys() == content.keys() and all(value[key] is content[key] for key in content)
-    return True
+    def restore(self) -> None:
+        if isinstance(self.value, list):
+            self.value[:] = self.content
+        elif self.content is not None:
+            self.value.clear()
+            self.value.update(self.content)
+        vars(self.owner)[self.name] = self.value
 
 
 def base_parameters(layer: BaseTunerLayer) -> dict[nn.Module, list[str]]:
@@ -119,14 +119,3 @@ def base_parameters(layer: BaseTunerLayer) -> dict[nn.Module, list[str]]:
 def is_flattened(parameter: torch.Tensor) -> bool:
     """Whether a parameter is a view into a flat parameter of FSDP 1."""
     return bool(getattr(parameter, "_fsdp_flattened", False) or getattr(parameter, "_is_flat_param", False))
-
-
-def refuse_unmergeable(tuner: BaseTuner) -> None:
-    """
-    Raises:
-        `ValueError`: PEFT says of this model as a whole that it cannot be merged.
-    """
-    with warnings.catch_warnings():
-        # PEFT warns of tied weights here, which do not change with copies.
-        warnings.simplefilter("ignore")
-        tuner._check_merge_allowed()

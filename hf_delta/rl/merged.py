@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_delta._compat.dora import installed as fast_dora_is_on
 from hf_delta._compat.dora import is_dora, is_dora_or_lora
-from hf_delta._compat.merging import CopiedMerge, base_parameters, is_flattened, refuse_unmergeable
+from hf_delta._compat.merging import CopiedMerge, base_parameters, is_flattened
 from hf_delta.adapters.base import DeltaLinear
 from hf_delta.adapters.dora.merging import KEPT
 from hf_delta.errors import InputError
@@ -208,11 +208,6 @@ def _obstacle(model: nn.Module, layers: dict[str, BaseTunerLayer], adapter_names
             return "the model is sharded by FSDP"
         if isinstance(module, PeftModel) and (reason := _obstacle_of_method(module)):
             return reason
-        if layers and isinstance(module, BaseTuner):
-            try:
-                refuse_unmergeable(module)
-            except (ValueError, NotImplementedError) as error:
-                return f"{type(module).__name__}: {error}"
     for path, layer in layers.items():
         reason = _obstacle_of_weights(layer) or _obstacle_of_adapters(layer, adapter_names)
         if reason is not None:
@@ -260,9 +255,7 @@ def _obstacle_of_adapters(layer: BaseTunerLayer, adapter_names: list[str] | None
             return f"has adapters of several methods ({_kind(layer)}, {_kind(stacked)})"
         stacked = stacked.base_layer
     if len(names) > 1 and not _adds_up(layer, names):
-        return (
-            f"has {len(names)} active adapters ({_kind(layer)}) that are together not what they are one after another"
-        )
+        return f"has {len(names)} active adapters ({_kind(layer)}) and merged in turn they need not be what they are together"
     return None
 
 
