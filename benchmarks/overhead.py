@@ -3,7 +3,7 @@
     python benchmarks/overhead.py
 
 Time and forward passes: one process on the playground, TRL's trainer with `loss_type: dr_grpo`, and ours with
-`loss_type: delta_l` under cProfile, which counts in our disfavour: it slows Python down and leaves kernels alone. Collectives:
+`loss_type: delta_l` alone and with both games of group DRO as well, under cProfile on processor time, which counts in our disfavour: it slows Python down and leaves kernels alone. Collectives:
 two gloo processes, calls into `torch.distributed` during training, ours against TRL's.
 """
 
@@ -16,6 +16,7 @@ import pstats
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -31,6 +32,18 @@ from hf_delta.playground import build_playground, playground_reward
 TRAINERS = {
     "trl": (GRPOTrainer, GRPOConfig, {"loss_type": "dr_grpo"}),
     "hf_delta": (DeltaGRPOTrainer, DeltaGRPOConfig, {"loss_type": "delta_l"}),
+    # The signal that has work in every micro-step.
+    "everything": (
+        DeltaGRPOTrainer,
+        DeltaGRPOConfig,
+        {
+            "loss_type": "delta_l",
+            "prompt_weighting": "prompt_gdro",
+            "prompt_weighting_kwargs": {"signal": "loss"},
+            "rollout_allocation": "rollout_gdro",
+            "difficulty_kwargs": {"prior_column": "level"},
+        },
+    ),
 }
 COLLECTIVES = ("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "broadcast", "barrier")
 
@@ -66,7 +79,7 @@ def profiled(name, playground, out, steps):
     trainer = build(name, playground, out, steps, rows=64)
     forwards = collections.Counter()
     trainer.model.register_forward_hook(lambda *_: forwards.update(["model"]))
-    profile = cProfile.Profile()
+    profile = cProfile.Profile(time.process_time)
     profile.runcall(trainer.train)
     return forwards["model"], _own_seconds(pstats.Stats(profile).stats)
 
@@ -81,6 +94,8 @@ def _own_seconds(stats):
         if "/hf_delta/_compat/" in file:
             own[f"seams ({function})" if function != "dropout_off" else function] += inside
     seconds = {
+        "before_rollouts (posterior, budget)": cumulative["before_rollouts"],
+        "on_loss (surrogate losses)": cumulative["on_loss"],
         "on_rollouts (lengths, weights, checks)": cumulative["on_rollouts"],
         # A generator's frames end at `yield`, so this is entering and leaving, without the generation between them.
         "dropout_off": cumulative["dropout_off"],
@@ -125,19 +140,22 @@ def launch_collectives(name, playground, out, steps):
 def report(playground, steps):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        theirs, _ = profiled("trl", playground, out, steps)
-        ours, (total, seconds) = profiled("hf_delta", playground, out, steps)
+        forwards, ours = {}, {}
+        for name in TRAINERS:
+            forwards[name], ours[name] = profiled(name, playground, out, steps)
         collectives = {name: launch_collectives(name, playground, out, steps) for name in TRAINERS}
-    print(f"\n{steps} steps of 64 rollouts; {total / steps * 1e3:.1f} ms a step under the profiler\n")
-    print("| function of ours | ms a step | share of the step |\n|---|---|---|")
-    for name, value in {**seconds, "all": sum(seconds.values())}.items():
-        print(f"| {name} | {value / steps * 1e3:.3f} | {value / total:.2%} |")
-    print(f"\nforward passes a step: TRL {theirs / steps:.2f}, hf_delta {ours / steps:.2f}")
-    print("\n| calls a step, two processes | TRL | hf_delta |\n|---|---|---|")
+    for name in list(TRAINERS)[1:]:
+        total, seconds = ours[name]
+        print(f"\n{name}: {steps} steps of 64 rollouts; {total / steps * 1e3:.1f} ms a step under the profiler\n")
+        print("| function of ours | ms a step | share of the step |\n|---|---|---|")
+        for function, value in {**seconds, "all": sum(seconds.values())}.items():
+            print(f"| {function} | {value / steps * 1e3:.3f} | {value / total:.2%} |")
+    print("\nforward passes a step: " + ", ".join(f"{name} {count / steps:.2f}" for name, count in forwards.items()))
+    print("\n| calls a step, two processes | " + " | ".join(TRAINERS) + " |\n" + "|---" * (len(TRAINERS) + 1) + "|")
     for function in COLLECTIVES:
         counts = [collectives[name].get(function, 0) / steps for name in TRAINERS]
         if any(counts):
-            print(f"| {function} | {counts[0]:.2f} | {counts[1]:.2f} |")
+            print(f"| {function} | " + " | ".join(f"{count:.2f}" for count in counts) + " |")
 
 
 def main():

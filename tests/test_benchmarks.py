@@ -38,17 +38,20 @@ def test_variance_of_updates_agrees_with_updates_themselves(monkeypatch):
 
 
 @pytest.mark.slow
-def test_shares_of_a_step_add_up(playground, tmp_path):
+@pytest.mark.parametrize("name", ["hf_delta", "everything"])
+def test_shares_of_a_step_add_up(playground, tmp_path, name):
     module = load("overhead")
-    forwards, (total, seconds) = module.profiled("hf_delta", playground, tmp_path, steps=2)
+    forwards, (total, seconds) = module.profiled(name, playground, tmp_path, steps=2)
+    assert (seconds["on_loss (surrogate losses)"] > 0) == (name == "everything")
     assert forwards > 2 and all(value >= 0 for value in seconds.values())
     # All of ours together is inside the one call of `train`, which must be counted once.
     assert 0 < sum(seconds.values()) < total
     import cProfile
     import pstats
+    import time
 
-    trainer = module.build("hf_delta", playground, tmp_path / "again", 2, rows=64)
-    profile = cProfile.Profile()
+    trainer = module.build(name, playground, tmp_path / "again", 2, rows=64)
+    profile = cProfile.Profile(time.process_time)
     profile.runcall(trainer.train)
     stats = pstats.Stats(profile)
     assert module._own_seconds(stats.stats)[0] == pytest.approx(stats.total_tt, rel=0.05)

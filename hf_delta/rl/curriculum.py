@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class Plan:
     counts: torch.Tensor
     weights: torch.Tensor
 
-    @property
+    @cached_property
     def group_ids(self) -> torch.Tensor:
         """Place of each rollout's prompt in this plan, `(N,)`."""
         return torch.repeat_interleave(torch.arange(len(self.counts)), self.counts)
@@ -150,17 +151,21 @@ class Curriculum:
 
     def metrics(self, plan: Plan) -> dict[str, float]:
         """Numbers for the log: rollouts of each group's prompts, and how much is known."""
-        found = {"difficulty/pass_rate": plan.rates.mean.mean().item()}
-        found["difficulty/unseen"] = (plan.rates.seen == 0).double().mean().item()
+        seen, counts = plan.rates.seen.tolist(), plan.counts.tolist()
+        found = {
+            "difficulty/pass_rate": plan.rates.mean.mean().item(),
+            "difficulty/unseen": seen.count(0.0) / len(seen),
+        }
+        if self.allocation is None:
+            return found
         if hasattr(self.allocation, "log_metrics"):
             found |= self.allocation.log_metrics()
-        if self.allocation is not None:
-            found |= {"rollouts/min": plan.counts.min().item(), "rollouts/max": plan.counts.max().item()}
-            for index, name in enumerate(plan.group_names):
-                inside = plan.groups == index
-                if inside.any():
-                    found[f"gdro/rollouts/{name}"] = plan.counts[inside].double().mean().item()
-        return found
+        found |= {"rollouts/min": min(counts), "rollouts/max": max(counts)}
+        of_group: dict[int, list[int]] = {}
+        for group, count in zip(plan.groups.tolist(), counts):
+            of_group.setdefault(group, []).append(count)
+        names = {index: plan.group_names[index] for index in of_group if index >= 0}
+        return found | {f"gdro/rollouts/{n}": sum(of_group[i]) / len(of_group[i]) for i, n in names.items()}
 
     def state_dict(self) -> dict[str, Any]:
         allocation = getattr(self.allocation, "state_dict", dict)()

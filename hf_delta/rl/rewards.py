@@ -98,8 +98,8 @@ def correct_rollouts(
     threshold: float | None = None,
     judge: str | None = None,
     strict: bool = False,
-) -> torch.Tensor:
-    """Which rollouts are correct: the reward, or that of one function, is above the threshold.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which rollouts are judged, and which of them are correct: the reward, or that of one function, is above the threshold.
 
     Args:
         rewards (`torch.Tensor` of shape `(N, F)`): What each function returned, NaN where it returned `None`.
@@ -110,7 +110,7 @@ def correct_rollouts(
         strict (`bool`, *optional*, defaults to `False`): Whether without a threshold rewards must lie in [0, 1].
 
     Returns:
-        `torch.Tensor` of shape `(N,)`, bool: False where there is no score.
+        Two `torch.Tensor` of shape `(N,)`, bool: whether there is a score to judge by, and whether it is above.
 
     Raises:
         `InputError`: nothing says from which reward on a rollout is correct.
@@ -118,10 +118,11 @@ def correct_rollouts(
     values, what = reward, "The weighted sum of rewards"
     if judge is not None:
         values, what = rewards[:, names.index(judge)], f"The reward of {judge}"
-    known = values[~values.isnan()]
+    judged = ~values.isnan()
+    known = values[judged]
     if strict and threshold is None and bool(((known < 0) | (known > 1)).any()):
         raise InputError(
             f"{what} lies between {known.min().item():g} and {known.max().item():g}, and pass rates need to know what is "
             "correct. Write correct_threshold, or in correct_reward_func the name of a function that returns 0 or 1."
         )
-    return values > (0.5 if threshold is None else threshold)
+    return judged, values > (0.5 if threshold is None else threshold)

@@ -170,7 +170,7 @@ class DeltaGRPOTrainer(ResumableGRPO):
         rollouts["advantages"] = rollouts["advantages"] * self._local(weights, len(rows)).to(rollouts["advantages"])
         self._log_weights(batch, weights)
         if self.curriculum is not None:
-            self.curriculum.learn(self._plan, ~batch.reward.isnan(), batch.correct)
+            self.curriculum.learn(self._plan, batch.judged, batch.correct)
 
     def _local(self, values: torch.Tensor, size: int) -> torch.Tensor:
         """This rank's part of what was gathered, or computed from what was gathered."""
@@ -246,6 +246,14 @@ class DeltaGRPOTrainer(ResumableGRPO):
         if "logps" in self._needs and (logps := rollouts.get("old_per_token_logps")) is not None:
             padded = self.accelerator.pad_across_processes(torch.stack([logps, mask.to(logps)], -1), dim=1)
             logps, mask = self.accelerator.gather(padded).cpu().unbind(-1)
+        judged, correct = correct_rollouts(
+            rewards,
+            reward,
+            self.reward_func_names,
+            getattr(self.args, "correct_threshold", None),
+            getattr(self.args, "correct_reward_func", None),
+            strict=self.curriculum is not None,
+        )
         plan, group_ids = self._plan, torch.arange(len(lengths)) // self.num_generations
         if plan is not None:
             group_ids = plan.group_ids
@@ -255,14 +263,8 @@ class DeltaGRPOTrainer(ResumableGRPO):
             rewards=rewards,
             reward=reward,
             advantages=advantages,
-            correct=correct_rollouts(
-                rewards,
-                reward,
-                self.reward_func_names,
-                getattr(self.args, "correct_threshold", None),
-                getattr(self.args, "correct_reward_func", None),
-                strict=self.curriculum is not None,
-            ),
+            correct=correct,
+            judged=judged,
             step=self.state.global_step,
             prompt_ids=gather_column(rows, "prompt_id") if "prompt_ids" in self._needs else None,
             logps=logps,

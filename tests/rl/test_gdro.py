@@ -469,7 +469,8 @@ def test_rewards_outside_of_0_and_1_need_a_threshold(world, tmp_path):
 
 def test_one_function_may_decide_what_is_correct(world, tmp_path):
     def accuracy(completions, **kwargs):
-        return [float(i % 2) for i in range(len(completions))]
+        """Rows of two wrong and two right, of which one has no verdict."""
+        return [None if i % 4 == 3 else float(i % 2) for i in range(len(completions))]
 
     def style(completions, **kwargs):
         return [-3.0] * len(completions)
@@ -483,7 +484,7 @@ def test_one_function_may_decide_what_is_correct(world, tmp_path):
     )
     trainer.train()
     rates = trainer.curriculum.difficulty.estimate([str(i) for i in range(PROMPTS)])
-    assert rates.seen.tolist() == [4.0] * PROMPTS and rates.solved.tolist() == [2.0] * PROMPTS
+    assert rates.seen.tolist() == [3.0] * PROMPTS and rates.solved.tolist() == [1.0] * PROMPTS
 
 
 def wrong_sum(batch):

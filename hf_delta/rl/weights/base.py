@@ -31,6 +31,8 @@ class RolloutBatch:
         correct (`torch.Tensor` of shape `(N,)`, bool):
             Whether `reward` (or the function in `correct_reward_func`) is above `correct_threshold`; False where there is
             no score.
+        judged (`torch.Tensor` of shape `(N,)`, bool, *optional*):
+            Whether there is a score that `correct` follows from. Absent: wherever `reward` is not NaN.
         step (`int`):
             Optimizer steps taken so far.
         prompt_ids (`list[str]`, *optional*):
@@ -56,6 +58,7 @@ class RolloutBatch:
     reward: torch.Tensor
     advantages: torch.Tensor
     correct: torch.Tensor
+    judged: torch.Tensor | None = None
     step: int = 0
     prompt_ids: list[str] | None = None
     logps: torch.Tensor | None = None

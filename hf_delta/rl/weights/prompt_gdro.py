@@ -19,7 +19,7 @@ def group_signal(batch: RolloutBatch, signal: str = "failure") -> torch.Tensor:
 
     Args:
         batch (`RolloutBatch`):
-            Rollouts with `groups`. Sequences without a score (`reward` is NaN) are left out.
+            Rollouts with `groups`. Sequences without a score, or for `"failure"` without one to judge by, are left out.
         signal (`str`, *optional*, defaults to `"failure"`):
             `"failure"`: one minus the share of a prompt's rollouts that are correct. `"std"`: their standard deviation of
             `reward` (in units of reward, with Bessel's correction as in TRL); prompts with one score are left out.
@@ -27,7 +27,10 @@ def group_signal(batch: RolloutBatch, signal: str = "failure") -> torch.Tensor:
     Returns:
         `torch.Tensor` of shape `(K,)`, float64: NaN for groups about which the batch says nothing.
     """
-    scored = ~batch.reward.isnan() & (batch.groups >= 0)
+    scored = ~batch.reward.isnan()
+    if signal == "failure" and batch.judged is not None:
+        scored = batch.judged
+    scored = scored & (batch.groups >= 0)
     prompts = int(batch.group_ids.max()) + 1 if len(batch) else 0
     of_prompt = torch.full((prompts,), -1, dtype=torch.long)
     of_prompt[batch.group_ids[scored]] = batch.groups[scored]
