@@ -52,17 +52,16 @@ class Study:
         """Does what is missing: base models first, then seed by seed all arms, so that a study cut short is balanced."""
         bases = [self.job(BASE, {}, seed) for seed in seeds]
         runs = [self.job(arm, keys, seed) for seed in seeds for arm, keys in arms.items()]
-        self._do(bases, "base models")
-        self._do(runs, "training")
+        self._do(bases + runs)
 
-    def _do(self, jobs: list[Job], what: str) -> None:
+    def _do(self, jobs: list[Job]) -> None:
         missing = [job for job in jobs if not self._is_done(job)]
         failed = []
         # A fresh interpreter each: threads and random states are nobody else's.
         context = multiprocessing.get_context("spawn")
         with (
             ProcessPoolExecutor(self.workers, mp_context=context, initializer=prepare_worker) as pool,
-            tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=what, unit="run", smoothing=0.05) as bar,
+            tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="runs", unit="run", smoothing=0.05) as bar,
         ):
             futures = {pool.submit(run, job): job for job in missing}
             for future in as_completed(futures):
