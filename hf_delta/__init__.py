@@ -15,17 +15,23 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "AdvantageTransform": "hf_delta.rl.weights",
+    "AllocationRule": "hf_delta.rl.allocation",
     "BoneConfig": "hf_delta.adapters",
     "DeltaDPOTrainer": "hf_delta.preference.trainer",
     "DeltaGRPOConfig": "hf_delta.rl.config",
     "DeltaGRPOTrainer": "hf_delta.rl.trainer",
     "DeltaLWeights": "hf_delta.rl.weights",
+    "Difficulty": "hf_delta.rl.difficulty",
     "EdoraConfig": "hf_delta.adapters",
     "InputError": "hf_delta.errors",
     "PmssConfig": "hf_delta.adapters",
+    "PromptBatch": "hf_delta.rl.allocation",
+    "PromptGDROWeights": "hf_delta.rl.weights",
     "RolloutBatch": "hf_delta.rl.weights",
+    "RolloutGDRO": "hf_delta.rl.allocation",
     "disable_fast_dora": "hf_delta.adapters.dora",
     "enable_fast_dora": "hf_delta.adapters.dora",
+    "merged_rollouts": "hf_delta.rl.merged",
     "to_lora": "hf_delta.adapters.export",
 }
 
