@@ -50,7 +50,7 @@ FLOORS = [
     ["rl/allocation", "playground", "evaluation"],
     ["rl/config.py", "rl/curriculum.py"],
     ["rl/resume.py"],
-    ["rl/trainer.py", "rl/__init__.py", "preference", "plot.py"],
+    ["rl/trainer.py", "rl/__init__.py", "preference", "plot"],
     ["recipe", "recipe.py", "data.py"],
     ["train.py", "run"],
     ["cli.py"],
