@@ -1,5 +1,6 @@
 """Budgets of rollouts: optimal, exact, without regard to the order of a batch; and what the bandits learn."""
 
+import copy
 import itertools
 import random
 from fractions import Fraction
@@ -157,6 +158,10 @@ def test_the_floor_is_for_what_was_seen_and_is_not_remembered_to_be_solved():
     made = batch([1.0, 0.04, 0.0, 200, 200], [400, 400, 0, 400, 400], mean=6)
     floor, none = (RolloutGDRO(exploration=e)(made) for e in (1.0, 0.0))
     assert none[:2].tolist() == [2, 2] and floor[:2].tolist() == [2, 6]
+    # Never seen, and known from others of its kind to be easy: no floor.
+    pooled = PassRates(torch.tensor([400.0, 1, 1]), torch.ones(3), torch.zeros(3), torch.zeros(3))
+    made = PromptBatch(names(3), pooled, torch.zeros(3, dtype=torch.long), 1, 18)
+    assert RolloutGDRO(exploration=1.0)(made).tolist() == [2, 8, 8]
 
 
 def test_a_floor_fits_into_every_batch():
@@ -301,14 +306,18 @@ def test_a_restored_bandit_goes_on_as_if_it_had_not_stopped(between):
     if between:
         counts = straight(made)
         assert torch.equal(first(made), counts)
-    again.load_state_dict(first.state_dict())
+    state = first.state_dict()
+    kept = copy.deepcopy(state)
+    again.load_state_dict(state)
     if between:
         for rule in (straight, again):
             rule.update(made, counts, torch.tensor([0, 1, 2]), torch.full((3,), torch.nan))
-    play(first, 5, torch.Generator().manual_seed(1))  # must not reach what was restored from it
+    play(first, 5, torch.Generator().manual_seed(1))
     assert play(again, 30, generators[1]) == play(straight, 30, generators[0])
     assert again.controller.price == straight.controller.price
     assert torch.equal(again.controller.scores, straight.controller.scores)
+    # What was saved is a copy, and so is what was restored.
+    assert all(torch.equal(state["learnt"][name], kept["learnt"][name]) for name in ("scores", "reference", "rounds"))
 
 
 def test_draws_leave_torchs_own_generator_alone():
