@@ -62,6 +62,16 @@ class CopiedMerge:
         """The weight of the base layer as it was before."""
         return self._registered[0][1].get("weight")
 
+    @property
+    def replaced(self) -> list[nn.Parameter]:
+        """The parameters in whose place others stand now."""
+        return [
+            parameter
+            for module, parameters in self._registered
+            for name, parameter in parameters.items()
+            if parameter is not None and module._parameters.get(name) is not parameter
+        ]
+
     def _install_copies(self) -> None:
         for module, names in base_parameters(self.layer).items():
             for name in names:

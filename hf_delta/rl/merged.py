@@ -7,29 +7,23 @@ the base parameters for the length of a rollout.
 
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
-from hf_delta._compat.dora import installed as fast_dora_is_on
-from hf_delta._compat.dora import is_dora, is_dora_or_lora
-from hf_delta._compat.merging import CopiedMerge, base_parameters, is_flattened
+from hf_delta._compat.merging import CopiedMerge, base_parameters
 from hf_delta.adapters.base import DeltaLinear
 from hf_delta.adapters.dora.merging import KEPT
+from hf_delta.adapters.mergeable import check_shards, kind_of, layers_to_merge, obstacle
 from hf_delta.errors import InputError
 
 
 logger = logging.getLogger(__name__)
-
-DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
@@ -108,11 +102,18 @@ class _Merging:
     def _merge(self, original, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         if self.merges:
             return
+        holders = Counter(id(p) for _, p in self.tuner.named_parameters(remove_duplicate=False))
         self.merges, reason = _merge(self.tuner, adapter_names)
         if reason is not None:
-            _check_shards(self.tuner, adapter_names)
+            check_shards(self.tuner, adapter_names)
             _tell(self.tuner, f"PEFT merges and unmerges in place, which changes the base weights a little: {reason}.")
             original(adapter_names=adapter_names, safe_merge=safe_merge)
+        elif any(holders[id(parameter)] > 1 for merge in self.merges for parameter in merge.replaced):
+            _tell(
+                self.tuner,
+                "Weights with an adapter are tied to others, such as embeddings to the head. Here only the adapted one "
+                "changes; what ties them as well and loads weights by name, as vLLM does, cannot hold both.",
+            )
 
     def _unmerge(self, original) -> None:
         if self.merges:
@@ -124,8 +125,8 @@ class _Merging:
 # -- merging ------------------------------------------------------------------------------------------------------------
 def _merge(model: nn.Module, adapter_names: list[str] | None = None) -> tuple[list[CopiedMerge], str | None]:
     """What was merged, or why nothing was."""
-    layers = _layers_to_merge(model, adapter_names)
-    reason = _obstacle(model, layers, adapter_names)
+    layers = layers_to_merge(model, adapter_names)
+    reason = obstacle(model, layers, adapter_names)
     if reason is not None:
         return [], reason
     merges = []
@@ -135,13 +136,13 @@ def _merge(model: nn.Module, adapter_names: list[str] | None = None) -> tuple[li
             try:
                 merges[-1].merge(adapter_names)
             except (NotImplementedError, AttributeError, TypeError) as error:
-                reason = f"{path} ({_kind(layer)}) cannot be merged: {error or type(error).__name__}"
+                reason = f"{path} ({kind_of(layer)}) cannot be merged: {error or type(error).__name__}"
             except (ValueError, RuntimeError) as error:
                 if isinstance(error, (InputError, torch.OutOfMemoryError)):
                     raise
-                reason = f"{path} ({_kind(layer)}) cannot be merged: {error}"
+                reason = f"{path} ({kind_of(layer)}) cannot be merged: {error}"
             if reason is None and not layer.merged:
-                reason = f"{path} ({_kind(layer)}) does not merge"
+                reason = f"{path} ({kind_of(layer)}) does not merge"
             if reason is not None:
                 _undo(merges)
                 return [], reason
@@ -166,132 +167,25 @@ def _keep_one_copy(merge: CopiedMerge) -> None:
 
 
 def _check_finite(layers: dict[str, BaseTunerLayer]) -> None:
-    paths, extremes = [], []
+    found = {}
     for path, layer in layers.items():
         for module, names in base_parameters(layer).items():
             for name in names:
-                parameter = getattr(module, name)
+                parameter = getattr(module, name).detach()
                 if parameter.numel():
-                    paths.append(f"{path}, {name}")
-                    # Without a mask of the size of the weight; NaN passes through both.
-                    extremes.append(torch.stack(torch.aminmax(parameter.detach())).float().cpu())
-    broken = [path for path, extreme in zip(paths, extremes) if not torch.isfinite(extreme).all()]
+                    # NaN passes through both, and nothing of the size of the weight is allocated.
+                    found[f"{path}, {name}"] = torch.isfinite(torch.stack(torch.aminmax(parameter))).all()
+    # One transfer for each device.
+    answers: dict[str, bool] = {}
+    for device in {value.device for value in found.values()}:
+        paths = [path for path, value in found.items() if value.device == device]
+        answers.update(zip(paths, torch.stack([found[path] for path in paths]).tolist()))
+    broken = [path for path in found if not answers[path]]
     if broken:
         raise InputError(
             f"{broken[0]} has NaN or infinite values once its adapter is merged ({len(broken)} tensors in all): training "
             "diverged, or the adapter came from a broken file; go back to an earlier checkpoint."
         )
-
-
-# -- what is merged, and what cannot be -----------------------------------------------------------------------------------
-def _layers_to_merge(model: nn.Module, adapter_names: list[str] | None) -> dict[str, BaseTunerLayer]:
-    return {
-        path: layer
-        for path, layer in model.named_modules()
-        if isinstance(layer, BaseTunerLayer)
-        and not layer.merged
-        and not layer.disable_adapters
-        and _names(layer, adapter_names)
-    }
-
-
-def _names(layer: BaseTunerLayer, adapter_names: list[str] | None) -> list[str]:
-    """The adapters out of these, or of the active ones, that this layer has."""
-    containers = [getattr(layer, name, ()) for name in layer.adapter_layer_names]
-    wanted = layer.active_adapters if adapter_names is None else adapter_names
-    return [name for name in wanted if any(name in container for container in containers)]
-
-
-def _obstacle(model: nn.Module, layers: dict[str, BaseTunerLayer], adapter_names: list[str] | None) -> str | None:
-    for module in model.modules():
-        if isinstance(module, FullyShardedDataParallel):
-            return "the model is sharded by FSDP"
-        if isinstance(module, PeftModel) and (reason := _obstacle_of_method(module)):
-            return reason
-    for path, layer in layers.items():
-        reason = _obstacle_of_weights(layer) or _obstacle_of_adapters(layer, adapter_names)
-        if reason is not None:
-            return f"{path} {reason}"
-    return None
-
-
-def _obstacle_of_method(model: PeftModel) -> str | None:
-    config = model.active_peft_config
-    method = getattr(config.peft_type, "value", config.peft_type)
-    if config.is_prompt_learning:
-        return f"{method} is no change of weights"
-    if method == "XLORA":
-        return "XLORA weights its adapters anew for every token"
-    if method == "ADAPTION_PROMPT":
-        return f"{method} is no change of weights"
-    return None
-
-
-def _obstacle_of_weights(layer: BaseTunerLayer) -> str | None:
-    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") or is_flattened(p) for p in layer.parameters()):
-        return "is sharded"
-    below = base_parameters(layer)
-    if not any(below.values()):
-        return f"has a base layer without parameters ({type(layer.get_base_layer()).__name__}), as quantised ones are"
-    for module, names in below.items():
-        if isinstance(module, BaseTunerLayer):
-            return f"has adapters of several methods, or inside of one another ({_kind(layer)}, {_kind(module)})"
-        for name in names:
-            parameter = getattr(module, name)
-            if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor:
-                return f"has a {name} that is no plain tensor ({type(parameter).__name__}), as quantised ones are"
-            if parameter.dtype not in DENSE:
-                return f"has a quantised {name} ({parameter.dtype})"
-            if parameter.is_meta:
-                return f"has a {name} that is offloaded"
-    return None
-
-
-def _obstacle_of_adapters(layer: BaseTunerLayer, adapter_names: list[str] | None) -> str | None:
-    names = _names(layer, adapter_names)
-    stacked = layer.base_layer
-    while isinstance(stacked, BaseTunerLayer):
-        if not hasattr(stacked, "parameter_name"):
-            return f"has adapters of several methods ({_kind(layer)}, {_kind(stacked)})"
-        stacked = stacked.base_layer
-    if len(names) > 1 and not _adds_up(layer, names):
-        return f"has {len(names)} active adapters ({_kind(layer)}) and merged in turn they need not be what they are together"
-    return None
-
-
-def _adds_up(layer: BaseTunerLayer, names: list[str]) -> bool:
-    if isinstance(layer, DeltaLinear):
-        return True
-    return isinstance(layer, LoraLayer) and not any(name in layer.lora_variant for name in names)
-
-
-def _check_shards(tuner: BaseTuner, adapter_names: list[str] | None) -> None:
-    # Assignment to `.data`, which most of PEFT's merges end in, is ignored on a sharded parameter.
-    for path, layer in _layers_to_merge(tuner, adapter_names).items():
-        sharded = any(isinstance(p, DTensor) for names in [base_parameters(layer)] for p in _tensors(names))
-        if sharded and not _reaches_shards(layer, _names(layer, adapter_names)):
-            raise InputError(
-                f"{path} is sharded by FSDP2, and PEFT's merge of {_kind(layer)} does not reach sharded weights: the base "
-                "model would be sent instead of the merged one. Use DDP or DeepSpeed, or LoRA without a variant."
-            )
-
-
-def _reaches_shards(layer: BaseTunerLayer, names: list[str]) -> bool:
-    if isinstance(layer, DeltaLinear):
-        return True
-    if not isinstance(layer, LoraLayer):
-        return False
-    plain = not any(name in layer.lora_variant for name in names)
-    exact = fast_dora_is_on() and any(is_dora(layer, name) for name in names)
-    return plain or (exact and all(is_dora_or_lora(layer, name) for name in names))
-
-
-def _tensors(parameters: dict[nn.Module, list[str]]) -> list[torch.Tensor]:
-    return [getattr(module, name) for module, names in parameters.items() for name in names]
-
-
-def _kind(layer: nn.Module) -> str:
-    return f"{type(layer).__module__.removeprefix('peft.tuners.').split('.')[0]} {type(layer).__name__}"
 
 
 def _tell(model: nn.Module, message: str) -> None:

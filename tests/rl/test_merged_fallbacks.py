@@ -5,7 +5,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_delta.adapters.dora import fast_dora
@@ -152,12 +154,25 @@ def test_weights_that_deepspeed_has_partitioned(caplog):
 
 
 @pytest.mark.parametrize("kind", ["lora", "bone"])
-def test_weights_that_fsdp2_has_sharded(kind, one_process, caplog):
+@pytest.mark.parametrize("blocks", [True, False])
+def test_weights_that_fsdp2_has_sharded(kind, blocks, one_process, caplog):
+    """The root's weights look whole after a forward: they are taken back into shards later."""
     model = lora() if kind == "lora" else adapted(kind).eval()
-    for layer in model.get_base_model().model.layers:
+    for layer in model.get_base_model().model.layers if blocks else ():
         fully_shard(layer)
     fully_shard(model)
     assert_falls_back(model, "is sharded", caplog)
+
+
+def test_one_sharded_weight_in_a_model_that_is_not(one_process, caplog):
+    model = lora()
+    fully_shard(tuner_layers(model)[0].get_base_layer())
+    assert_falls_back(model, "is sharded", caplog)
+    # With tensor parallelism, nothing but the tensor says so.
+    model = lora()
+    base = tuner_layers(model)[0].get_base_layer()
+    base.weight = nn.Parameter(distribute_tensor(base.weight.detach(), init_device_mesh("cpu", (1,))))
+    assert_falls_back(model, "q_proj is sharded", caplog, compute=lambda _: torch.zeros(1))
 
 
 def test_models_inside_of_fsdp1(one_process, caplog):

@@ -153,6 +153,18 @@ def test_of_tied_weights_only_those_with_an_adapter_change(targets):
         assert tied[0].weight is not tied[1].weight
 
 
+def test_transfers_by_name_of_tied_weights_are_warned_of(caplog):
+    """As vLLM ties the weights too, it has no place for a head that differs from the embeddings."""
+    for targets, count in ((["q_proj"], 0), (["lm_head"], 1)):
+        model = move(get_peft_model(base_model(), LoraConfig(**LORA | {"target_modules": targets}))).eval()
+        caplog.clear()
+        for _ in range(2):
+            with everything_stays(model), base_weights_kept(model):
+                model.merge_adapter()
+                model.unmerge_adapter()
+        assert len(caplog.records) == count == caplog.text.count("are tied to others")
+
+
 def test_conv1d_and_embeddings():
     for targets in (["c_attn", "c_fc"], ["c_attn", "wte"]):
         for use_dora in (False, True):
