@@ -17,6 +17,9 @@ from tests.adapters.life import adapted, base_model, config_of, logits, perturb
 from tests.rl.merged import LORA, everything_stays, model_of, move, tuner_layers
 
 
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
 @pytest.fixture
 def one_process(tmp_path):
     """A process group of this process alone, so that sharded weights are whole shards."""
@@ -67,6 +70,19 @@ def test_prompts_that_are_learnt(caplog):
     assert_falls_back(get_peft_model(base_model(), config).eval(), "PREFIX_TUNING is no change of weights", caplog)
 
 
+def test_prompts_inside_of_attention(caplog):
+    config = peft.AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM")
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=24, pad_token_id=0))
+    assert_falls_back(move(get_peft_model(base, config)).eval(), "ADAPTION_PROMPT is no change of weights", caplog)
+
+
+def test_adapters_that_are_weighted_for_every_token(caplog):
+    model = lora()
+    model.peft_config["default"].peft_type = peft.PeftType.XLORA
+    assert_falls_back(model, "XLORA", caplog)
+
+
 @pytest.mark.parametrize("kind", ["peft_dora", "miss", "ia3"])
 def test_several_active_adapters_that_may_not_add_up(kind, caplog):
     model = model_of(kind)
@@ -106,8 +122,7 @@ def test_quantised_bases(kind, bits, tmp_path, caplog):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=24, pad_token_id=0)).save_pretrained(tmp_path)
+    LlamaForCausalLM(LlamaConfig(**SIZES, vocab_size=24, pad_token_id=0)).save_pretrained(tmp_path)
     base = AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=BitsAndBytesConfig(**{f"load_in_{bits}": True}), device_map="cpu"
     )
