@@ -134,7 +134,7 @@ def simulate(world: World, knowledge, rule, seed: int) -> Outcome:
         visits.index_add_(0, world.bins[prompts], torch.ones(len(prompts)))
         ever[prompts[correct > 0]] = True
         if hasattr(rule, "update"):
-            rule.update(batch, counts, correct, torch.full((len(batch),), torch.nan))
+            rule.update(batch, counts, correct)
         knowledge.update(prompts, counts, correct)
     hard = (world.bins == 0) & torch.isin(torch.arange(PROMPTS), world.order[: BATCH * world.batches])
     return Outcome(proxy, zero_signal, rollouts, visits, ever[hard].float().mean().item())

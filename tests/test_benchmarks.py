@@ -111,3 +111,15 @@ def test_quality_of_adapters_compares_equal_numbers_of_parameters(monkeypatch, t
     monkeypatch.setattr(module.Study, "_train", lambda *_: pytest.fail("a run that is in the file was started again"))
     module.main(arguments)
     assert json.loads((tmp_path / "adapter_quality.json").read_text())["runs"] == content["runs"]
+
+
+def test_simulation_of_budgets_has_every_row(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = load("gdro_sim")
+    module.main(["--seeds", "2", "--batches", "40", "--out", str(tmp_path)])
+    runs = json.loads((tmp_path / "gdro_sim.json").read_text())["seeds"]
+    for run in runs:
+        assert run["known"]["variance"]["variance"] < -0.15 < 0.1 < run["known"]["variance by position"]["variance"]
+        assert run["learnt"]["variance"]["variance"] < 0
+    assert capsys.readouterr().out.count("\n|") == sum(len(runs[0][w]) + 2 for w in module.WORLDS) + 4
+    assert (tmp_path / "gdro_sim.png").stat().st_size > 10_000

@@ -147,7 +147,7 @@ class Curriculum:
             batch = PromptBatch(
                 plan.prompt_ids, plan.rates, plan.groups, len(plan.group_names), int(plan.counts.sum())
             )
-            update(batch, rollouts, solved, torch.full((size,), torch.nan))
+            update(batch, rollouts, solved)
 
     def metrics(self, plan: Plan) -> dict[str, float]:
         """Numbers for the log: rollouts of each group's prompts, and how much is known."""

@@ -197,7 +197,7 @@ def play(rule, rounds, generator, size=12, mean=4):
     for _ in range(rounds):
         counts = rule(made)
         correct = torch.binomial(counts.double(), RATES[groups], generator=generator).long()
-        rule.update(made, counts, correct, torch.full((size,), torch.nan))
+        rule.update(made, counts, correct)
         history.append(counts.tolist())
     return history
 
@@ -265,12 +265,12 @@ def test_the_price_moves_on_what_was_asked_for():
     counts = rule(made)
     asked = [2 + int(rule.controller.drawn[g]) for g in (0, 0, 1, 2)]
     assert counts.sum() == 16 != sum(asked)
-    rule.update(made, counts, torch.zeros(4, dtype=torch.long), torch.full((4,), torch.nan))
+    rule.update(made, counts, torch.zeros(4, dtype=torch.long))
     assert rule.controller.price == pytest.approx(0.1 * (sum(asked) / 16 - 1))
     # Without a variance anywhere rollouts are worth nothing, and a price above 0 makes everyone ask for few.
     rule.controller.price, rule.controller.price_rate = 1.0, 0.0
     for _ in range(50):
-        rule.update(made, rule(made), torch.zeros(4, dtype=torch.long), torch.full((4,), torch.nan))
+        rule.update(made, rule(made), torch.zeros(4, dtype=torch.long))
     assert expected_arms(rule).max() < 2.5
 
 
@@ -282,7 +282,7 @@ def test_bandits_belong_to_the_groups_of_this_batch():
     wishes = torch.tensor([2 + int(rule.controller.drawn[g]) if g >= 0 else 4 for g in (0, 0, 2, 2, -1, -1)]).double()
     assert torch.equal(counts, nearest_budget(wishes, 24, 2, 12, made.prompt_ids))
     scored = torch.tensor([2, 2, 1, 0, 2, 2])
-    rule.update(made, scored, torch.tensor([1, 1, 1, 0, 1, 1]), torch.full((6,), torch.nan))
+    rule.update(made, scored, torch.tensor([1, 1, 1, 0, 1, 1]))
     assert rule.controller.rounds.tolist() == [1, 0, 0]
     assert rule.controller.scores.abs().sum(1).gt(0).tolist() == [True, False, False]
 
@@ -311,7 +311,7 @@ def test_a_restored_bandit_goes_on_as_if_it_had_not_stopped(between):
     again.load_state_dict(state)
     if between:
         for rule in (straight, again):
-            rule.update(made, counts, torch.tensor([0, 1, 2]), torch.full((3,), torch.nan))
+            rule.update(made, counts, torch.tensor([0, 1, 2]))
     play(first, 5, torch.Generator().manual_seed(1))
     assert play(again, 30, generators[1]) == play(straight, 30, generators[0])
     assert again.controller.price == straight.controller.price

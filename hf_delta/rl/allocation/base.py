@@ -49,9 +49,8 @@ class AllocationRule(Protocol):
     A rule may also have
         `check(budget, prompts)`: raises `InputError` if batches of `prompts` prompts cannot be given `budget` rollouts;
             called before training;
-        `update(batch, counts, correct, losses)`: called once the rollouts of the batch are scored, with tensors `(P,)`: the
-            scored rollouts of each prompt, how many of them are correct, and the mean surrogate loss of each prompt's
-            rollouts (NaN where it has none);
+        `update(batch, counts, correct)`: called once the rollouts of the batch are scored, with tensors `(P,)`: the scored
+            rollouts of each prompt, and how many of them are correct;
         `log_metrics()`: numbers by name, for the log line of the step;
         `state_dict()` and `load_state_dict(state)`: what it learns on the way, as nested dicts and lists of tensors,
             numbers and strings. It is written into every checkpoint and read back on resume.

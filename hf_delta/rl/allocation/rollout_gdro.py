@@ -74,7 +74,7 @@ class RolloutGDRO:
         self.check(batch.budget, len(batch))
         return self.controller(batch, self._allowed(batch))
 
-    def update(self, batch: PromptBatch, counts: torch.Tensor, correct: torch.Tensor, losses: torch.Tensor) -> None:
+    def update(self, batch: PromptBatch, counts: torch.Tensor, correct: torch.Tensor) -> None:
         """Let the controller learn from scored rollouts, see [`AllocationRule`]."""
         if hasattr(self.controller, "update"):
             self.controller.update(batch, self._allowed(batch), counts, correct)
