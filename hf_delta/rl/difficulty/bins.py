@@ -40,6 +40,9 @@ class PassRateBins:
             )
         self.edges = np.array(bounds[1:-1])
         self.hysteresis = float(hysteresis)
+        # From where to where each bin keeps what is in it; the last entry, which -1 finds, keeps nothing.
+        self._lows = np.concatenate([[-np.inf], self.edges - self.hysteresis, [np.inf]])
+        self._highs = np.concatenate([self.edges + self.hysteresis, [np.inf, np.inf]])
         self.names = [f"{low}-{high}" for low, high in zip(bounds, bounds[1:])]
 
     def __len__(self) -> int:
@@ -47,7 +50,5 @@ class PassRateBins:
 
     def of(self, rates: np.ndarray, was: np.ndarray) -> np.ndarray:
         """Bin of each pass rate given the bin it was in, `was` (-1: in none); `(P,)` int64."""
-        plain = np.searchsorted(self.edges, rates, side="right")
-        bounds = np.concatenate([[-np.inf], self.edges, [np.inf]])
-        stays = (rates >= bounds[was] - self.hysteresis) & (rates < bounds[was + 1] + self.hysteresis)
-        return np.where((was >= 0) & stays, was, plain)
+        stays = (rates >= self._lows.take(was)) & (rates < self._highs.take(was))
+        return np.where(stays, was, self.edges.searchsorted(rates, side="right"))

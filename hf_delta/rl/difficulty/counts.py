@@ -13,8 +13,8 @@ class Decay:
 
     rate: float
 
-    def empty(self) -> np.ndarray:
-        return np.zeros((0, 2), dtype=np.float64)
+    def empty(self, rows: int = 0) -> np.ndarray:
+        return np.zeros((rows, 2), dtype=np.float64)
 
     def total(self, kept: np.ndarray) -> np.ndarray:
         return kept
@@ -35,8 +35,8 @@ class Window:
         """Rollouts of one visit that can be kept."""
         return int(np.iinfo(self.dtype).max)
 
-    def empty(self) -> np.ndarray:
-        return np.zeros((0, 2, self.visits), dtype=self.dtype)
+    def empty(self, rows: int = 0) -> np.ndarray:
+        return np.zeros((rows, 2, self.visits), dtype=self.dtype)
 
     def total(self, kept: np.ndarray) -> np.ndarray:
         return kept.sum(axis=2, dtype=np.float64)
@@ -51,9 +51,10 @@ class Counts:
     def __init__(self, forgetting: Decay | Window):
         self.forgetting = forgetting
         self._table = KeyTable()
-        self._kept = forgetting.empty()
+        # There is always room for one more key. So the last row is zero, and what -1 finds is what a key never seen has.
+        self._kept = forgetting.empty(1)
         # One more than the label, so that room held ready is -1.
-        self._labels = np.zeros(0, dtype=np.int8)
+        self._labels = np.zeros(1, dtype=np.int8)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -68,26 +69,23 @@ class Counts:
 
     def read(self, rows: np.ndarray) -> np.ndarray:
         """Right and wrong rollouts with forgetting, `(P, 2)` float64; zero in row -1."""
-        found = np.zeros((len(rows), 2))
-        seen = rows >= 0
-        found[seen] = self.forgetting.total(self._kept[rows[seen]])
-        return found
+        return self.forgetting.total(self._kept.take(rows, 0))
 
-    def add(self, keys: np.ndarray, new: np.ndarray) -> np.ndarray:
-        """One visit of each key, which brings `new` (`(P, 2)` int64: right, wrong); no key twice. Returns the rows."""
+    def add(self, keys: np.ndarray, new: np.ndarray, found: np.ndarray) -> np.ndarray:
+        """One visit of each key, which brings `new` (`(P, 2)` int64: right, wrong); no key twice. Returns the rows.
+
+        `found` is what [`Counts.find`] gave for the keys.
+        """
         before = len(self._table)
-        rows = self._table.add(keys)
-        self._kept = with_room(self._kept, before, len(self._table))
-        self._labels = with_room(self._labels, before, len(self._table))
-        self._kept[rows] = self.forgetting.visited(self._kept[rows], new)
+        rows = self._table.add(keys, found)
+        self._kept = with_room(self._kept, before, len(self._table) + 1)
+        self._labels = with_room(self._labels, before, len(self._table) + 1)
+        self._kept[rows] = self.forgetting.visited(self._kept.take(rows, 0), new)
         return rows
 
     def labels(self, rows: np.ndarray) -> np.ndarray:
         """Label of each row, `(P,)` int64; -1 in row -1."""
-        found = np.full(len(rows), -1, dtype=np.int64)
-        seen = rows >= 0
-        found[seen] = self._labels[rows[seen]].astype(np.int64) - 1
-        return found
+        return self._labels.take(rows).astype(np.int64) - 1
 
     def set_labels(self, rows: np.ndarray, labels: np.ndarray) -> None:
         self._labels[rows] = labels + 1
@@ -106,18 +104,6 @@ class Counts:
         """Counts with what [`Counts.export`] gave."""
         counts = cls(forgetting)
         counts._table.add(keys)
-        counts._kept = kept.copy()
-        counts._labels = labels + np.int8(1)
+        counts._kept = np.concatenate([kept, forgetting.empty(1)])
+        counts._labels = np.append(labels + np.int8(1), np.int8(0))
         return counts
-
-
-def merged_visits(keys: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One visit per key out of a batch in which keys repeat: keys, their summed counts, and where each stood first.
-
-    A key without a single rollout is left out: there was nothing to see.
-    """
-    unique, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    summed = np.zeros((len(unique), 2), dtype=np.int64)
-    np.add.at(summed, inverse, new)
-    visited = summed.sum(1) > 0
-    return unique[visited], summed[visited], first[visited]

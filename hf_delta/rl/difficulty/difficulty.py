@@ -1,6 +1,8 @@
 """Pass rates of prompts, learnt from their rollouts."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,11 @@ import torch
 from hf_delta.errors import InputError
 from hf_delta.rl.difficulty import state as state_format
 from hf_delta.rl.difficulty.bins import PassRateBins
-from hf_delta.rl.difficulty.counts import Counts, Window, merged_visits
+from hf_delta.rl.difficulty.counts import Counts, Window
 from hf_delta.rl.difficulty.rates import PassRates
 from hf_delta.rl.difficulty.settings import checked_forgetting, checked_prior
 from hf_delta.rl.difficulty.table import digests
+from hf_delta.rl.difficulty.visits import merged_visits, right_and_wrong
 
 
 # Under a decay nothing ever counts zero. Where "all right" or "all wrong" is asked, rollouts that count less than this
@@ -98,6 +101,7 @@ class Difficulty:
         pooled = Window(forgetting.visits, np.int64) if isinstance(forgetting, Window) else forgetting
         self._prompts = Counts(forgetting)
         self._pools = Counts(pooled)
+        self._asked: _Asked | None = None
 
     @property
     def num_prompts(self) -> int:
@@ -128,8 +132,10 @@ class Difficulty:
         Raises:
             `InputError`: an id or a value is missing, or the lengths differ.
         """
-        keys, values = self._keys(prompt_ids, columns)
-        return self._rates(self._prompts.find(keys), values)
+        asked = self._look_up(prompt_ids, columns)
+        right, wrong = asked.counts.T
+        arrays = (*asked.posterior.T, right + wrong, right)
+        return PassRates(*(torch.from_numpy(array.copy()) for array in arrays))
 
     def groups(self, prompt_ids: Sequence[str], columns: Sequence[str] | None = None) -> torch.Tensor:
         """Bin of each prompt, `(P,)` int64, and -1 for those that `exclude_extremes` leaves out; changes nothing.
@@ -137,14 +143,13 @@ class Difficulty:
         Raises:
             `InputError`: as [`Difficulty.estimate`].
         """
-        keys, values = self._keys(prompt_ids, columns)
-        rows = self._prompts.find(keys)
-        rates = self._rates(rows, values)
-        found = torch.from_numpy(self.bins.of(rates.mean.numpy(), self._prompts.labels(rows)))
+        asked = self._look_up(prompt_ids, columns)
+        found = self.bins.of(_means(asked.posterior), self._prompts.labels(asked.rows))
         if self.exclude_extremes:
-            one_sided = (rates.solved < FORGOTTEN) | (rates.seen - rates.solved < FORGOTTEN)
-            found[(rates.seen > 0) & one_sided] = -1
-        return found
+            right, wrong = asked.counts.T
+            seen = right + wrong
+            found[(seen > 0) & ((right < FORGOTTEN) | (seen - right < FORGOTTEN))] = -1
+        return torch.from_numpy(found)
 
     def update(
         self,
@@ -169,21 +174,23 @@ class Difficulty:
             `InputError`: as [`Difficulty.estimate`], and if not `0 <= correct <= rollouts` in whole numbers. Nothing has
                 changed then.
         """
-        keys, values = self._keys(prompt_ids, columns)
-        new = _right_and_wrong(correct, rollouts, len(keys))
-        visited, counts, first = merged_visits(keys, new)
+        asked = self._look_up(prompt_ids, columns)
+        values = asked.values
+        new = right_and_wrong(correct, rollouts, len(asked.keys))
+        visited, counts, first = merged_visits(asked.keys, new)
         limit = self._prompts.forgetting.limit if isinstance(self._prompts.forgetting, Window) else None
         if limit is not None and (counts > limit).any():
             raise InputError(
                 f"Prompt {prompt_ids[first[(counts > limit).any(1)][0]]!r} has more than {limit} rollouts in one batch, "
                 "which a window cannot hold: use decay instead of window, or check the prompt ids."
             )
+        self._asked = None
         if values is not None:
-            pools, pool_counts, _ = merged_visits(values, new)
-            self._pools.add(pools, pool_counts)
-            values = values[first]
-        rows = self._prompts.add(visited, counts)
-        means = self._rates(rows, values).mean.numpy()
+            pools, pool_counts, pool_first = merged_visits(values, new)
+            self._pools.add(pools, pool_counts, asked.pool_rows[pool_first])
+        rows = self._prompts.add(visited, counts, asked.rows[first])
+        pool_rows = None if values is None else self._pools.find(values[first])
+        means = _means(self._posterior(self._prompts.read(rows), pool_rows))
         self._prompts.set_labels(rows, self.bins.of(means, self._prompts.labels(rows)))
 
     def state_dict(self) -> dict[str, Any]:
@@ -200,6 +207,7 @@ class Difficulty:
         self._prompts, self._pools = state_format.unpacked(
             state, self._settings(), self._prompts.forgetting, self._pools.forgetting
         )
+        self._asked = None
 
     def _settings(self) -> dict[str, Any]:
         forgetting = self._prompts.forgetting
@@ -220,35 +228,61 @@ class Difficulty:
             )
         return keys, digests(columns, f"the column {self.prior_column!r}")
 
-    def _rates(self, rows: np.ndarray, values: np.ndarray | None) -> PassRates:
-        right, wrong = self._prompts.read(rows).T
-        a, b = self.prior
-        if values is not None:
-            pool_right, pool_wrong = self._pools.read(self._pools.find(values)).T
-            pool_seen = pool_right + pool_wrong
-            # Both from counts, not one as the rest of the other, so that neither can round to zero.
-            a, b = (
-                (a + b) * ((a + pool_right) / (a + b + pool_seen)),
-                (a + b) * ((b + pool_wrong) / (a + b + pool_seen)),
+    def _look_up(self, prompt_ids: Sequence[str], columns: Sequence[str] | None) -> "_Asked":
+        """What is known of these prompts; in a step that asks, asks again and learns, looked up once."""
+        if self.prior_column is None:
+            columns = None
+        if self._asked is None or not self._asked.is_about(prompt_ids, columns):
+            keys, values = self._keys(prompt_ids, columns)
+            rows = self._prompts.find(keys)
+            pool_rows = None if values is None else self._pools.find(values)
+            counts = self._prompts.read(rows)
+            self._asked = _Asked(
+                tuple(prompt_ids),
+                None if columns is None else tuple(columns),
+                keys,
+                values,
+                rows,
+                pool_rows,
+                counts,
+                self._posterior(counts, pool_rows),
             )
-        tensors = (a + right, b + wrong, right + wrong, right.copy())
-        return PassRates(*(torch.from_numpy(tensor) for tensor in tensors))
+        return self._asked
+
+    def _posterior(self, counts: np.ndarray, pool_rows: np.ndarray | None) -> np.ndarray:
+        """`alpha` and `beta` of prompts with these right and wrong rollouts, `(P, 2)`."""
+        if pool_rows is None:
+            return self.prior + counts
+        pool = self._pools.read(pool_rows)
+        strength = sum(self.prior)
+        # Both from counts, not one as the rest of the other, so that neither can round to zero.
+        return strength * ((self.prior + pool) / (strength + pool.sum(1, keepdims=True))) + counts
 
 
-def _right_and_wrong(correct: torch.Tensor, rollouts: torch.Tensor, size: int) -> np.ndarray:
-    """`(P, 2)` int64."""
-    arrays = []
-    for name, given in (("correct", correct), ("rollouts", rollouts)):
-        values = torch.as_tensor(given).detach().cpu()
-        if values.shape != (size,):
-            raise InputError(f"{name} has shape {tuple(values.shape)}; it must have one entry per prompt, ({size},).")
-        whole = values.to(torch.int64)
-        # NaN and infinity become some number or other, and differ from it.
-        if not bool((whole.to(torch.float64) == values.to(torch.float64)).all()):
-            raise InputError(f"{name} must be whole numbers, got {values[whole != values][0].item()}.")
-        arrays.append(whole.numpy())
-    right, total = arrays
-    if bool(((right < 0) | (right > total)).any()):
-        row = int(np.flatnonzero((right < 0) | (right > total))[0])
-        raise InputError(f"Entry {row} has {right[row]} correct of {total[row]} rollouts; 0 <= correct <= rollouts.")
-    return np.stack([right, total - right], axis=1)
+@dataclass(frozen=True)
+class _Asked:
+    """Prompts that were asked for, and what was known of them: it holds until something is learnt."""
+
+    prompt_ids: tuple[str, ...]
+    columns: tuple[str, ...] | None
+    keys: np.ndarray
+    values: np.ndarray | None
+    rows: np.ndarray
+    pool_rows: np.ndarray | None
+    counts: np.ndarray
+    posterior: np.ndarray
+
+    def is_about(self, prompt_ids: Sequence[str], columns: Sequence[str] | None) -> bool:
+        """Whether these are the very objects asked for; equal ones need not be the same id, as 1 and True."""
+        return _are(self.prompt_ids, prompt_ids) and _are(self.columns, columns)
+
+
+def _are(first: Sequence[str] | None, second: Sequence[str] | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return len(first) == len(second) and all(map(is_, first, second))
+
+
+def _means(posterior: np.ndarray) -> np.ndarray:
+    alpha, beta = posterior.T
+    return alpha / (alpha + beta)
