@@ -122,7 +122,7 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path("runs/gdro_playground"), help="one file a run")
     parser.add_argument("--bases", type=Path, default=Path("runs/gdro_playground/bases"), help="playgrounds, by seed")
     parser.add_argument("--choice", type=Path, default=CHOICE)
-    parser.add_argument("--report", type=Path, default=Path("docs/rl"), help="where table, runs and picture go")
+    parser.add_argument("--report", type=Path, default=Path("docs/rl"), help="where runs and picture go")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="two steps and hardly any problem, to see that it runs")
     args = parser.parse_args(argv)
@@ -169,9 +169,7 @@ def _report(study, args):
         "final": study.summary(settings.final_arms(choice), args.seeds),
     }
     args.report.mkdir(parents=True, exist_ok=True)
-    text = f"{markdown(found['final'])}\n\nScreen:\n\n{markdown(found['screen'])}\n"
-    print(text)
-    (args.report / "gdro_playground_tables.md").write_text(text)
+    print(markdown(found["final"]), "Screen:", markdown(found["screen"]), sep="\n\n")
     lines = json.dumps(found, ensure_ascii=False).replace('{"seed"', '\n{"seed"')
     (args.report / "gdro_playground.json").write_text(lines + "\n")
     draw(found["final"], args.report / "gdro_playground.png")
