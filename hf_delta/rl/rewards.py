@@ -12,7 +12,10 @@ from hf_delta.errors import InputError
 
 
 # Our own reward functions, by the name that recipes and commands use; one line each.
-NAMED_REWARDS = {"playground_reward": "hf_delta.playground.rewards.playground_reward"}
+NAMED_REWARDS = {
+    "playground_reward": "hf_delta.playground.rewards.playground_reward",
+    "playground_digit_reward": "hf_delta.playground.rewards.playground_digit_reward",
+}
 
 
 def checked_reward(function: Callable, name: str) -> Callable:

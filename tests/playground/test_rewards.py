@@ -5,6 +5,7 @@ from collections import defaultdict
 import pytest
 
 from hf_delta.playground import playground_reward
+from hf_delta.playground.rewards import playground_digit_reward
 
 
 @pytest.mark.parametrize(
@@ -72,3 +73,37 @@ def test_without_levels_nothing_is_logged():
         raise AssertionError(name)
 
     assert playground_reward(["#1"], ["1"], log_metric=refuse) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("completion", "reward"),
+    [
+        ("5813;4712;3610#1023", 1.0),
+        ("#0001023", 1.0),
+        ("#1022", 0.75),
+        ("#1923", 0.75),
+        # Compared from the right: units, tens, hundreds, and a missing thousand.
+        ("#023", 0.5),
+        ("#21023", 0.8),
+        # Not shifted into place.
+        ("#102", 0.0),
+        ("#10230", 0.0),
+        ("#1023;", 0.0),
+        ("#", 0.0),
+        ("1023", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_digits_are_counted_in_their_places(completion, reward):
+    assert playground_digit_reward([completion], ["1023"]) == [reward]
+    assert playground_digit_reward([[{"role": "assistant", "content": completion}]], [1023]) == [reward]
+
+
+def test_all_digits_are_right_exactly_if_the_answer_is():
+    numbers = [*range(12), 90, 99, 100, 101, 109, 110, 900, 1000]
+    completions = [f"#{text}" for number in numbers for text in (number, f"00{number}")]
+    for answer in numbers:
+        answers = [str(answer)] * len(completions)
+        shares = playground_digit_reward(completions, answers)
+        assert [float(share == 1.0) for share in shares] == playground_reward(completions, answers)
+        assert all(0.0 <= share <= 1.0 for share in shares)

@@ -6,9 +6,10 @@ from hf_delta.errors import InputError
 from hf_delta.imports import load_object
 from hf_delta.playground.tasks.addition import Addition
 from hf_delta.playground.tasks.base import Level, Problem, Task
+from hf_delta.playground.tasks.faulty_table import FaultyTable
 
 
-TASKS: dict[str, type[Task]] = {"addition": Addition}
+TASKS: dict[str, type[Task]] = {"addition": Addition, "faulty_table": FaultyTable}
 
 __all__ = ["TASKS", "Level", "Problem", "Task", "load_task"]
 

@@ -16,7 +16,7 @@ class Level:
     Args:
         name (`str`): what the data files, the metrics and the tables call it.
         share (`float`): how often pre-training draws it, relative to the other levels.
-        care (`float`): the fraction of pre-training demonstrations that work the problem out; the others guess at once.
+        care (`float`): the fraction of pre-training demonstrations that are `careful`; the others are `sloppy`.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Problem:
         expression (`str`): the problem itself, such as `345+678`; it decides the split and names the problem.
         answer (`str`): what must come after the last `#` of a response.
         careful (`str`): a response with its working, right by construction.
-        sloppy (`str`): a response that guesses, wrong as a rule.
+        sloppy (`str`): a response that guesses or works with mistakes, wrong as a rule.
     """
 
     level: str
