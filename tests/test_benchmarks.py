@@ -70,6 +70,15 @@ def test_bytes_of_a_linear_layer(monkeypatch):
     assert module.peak_bytes(square_then_double, "cpu") == pytest.approx(2 * 4 * 300 * 200, rel=1e-3)
 
 
+def test_difficulty_costs_less_than_its_bytes(capsys):
+    module = load("difficulty")
+    module.main(["--prompts", "3000", "--rounds", "3"])
+    rows = [
+        line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith(("| decay", "| window"))
+    ]
+    assert len(rows) == len(module.WAYS) and all(16 < float(row[3]) <= 64 for row in rows)
+
+
 @pytest.mark.slow
 def test_table_of_adapters_has_every_row(monkeypatch, tmp_path, capsys):
     """Sizes are tiny and times worth nothing, but bytes and pivots are what they are."""
