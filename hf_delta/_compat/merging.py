@@ -27,16 +27,16 @@ class CopiedMerge:
 
     def __init__(self, layer: BaseTunerLayer, copies: bool = True):
         self.layer = layer
-        self.exchanges = not copies
+        self.copies, self.exchanges = copies, not copies
         self._base = layer.base_layer
         self._registered = [(module, dict(module._parameters)) for module in base_parameters(layer)]
         self._changed: list[_Attribute] = []
         self._installed: list[tuple[nn.Module, str, nn.Parameter]] = []
-        if copies:
-            self._install_copies()
 
     def merge(self, adapter_names: list[str] | None = None) -> None:
         """Merge, with whatever `merge` of the layer raises; [`undo`] is due in any case."""
+        if self.copies:
+            self._install_copies()
         before = self._attributes()
         try:
             with torch.no_grad():
@@ -45,6 +45,8 @@ class CopiedMerge:
             self._changed = [attribute for attribute in before if not attribute.is_still()]
             exchanged = any(module._parameters[name] is not copy for module, name, copy in self._installed)
             self.exchanges = self.exchanges or exchanged or self.layer.base_layer is not self._base
+            # A layer that put something else in the place of a copy has no use for the copy.
+            self._installed.clear()
 
     def undo(self) -> None:
         """Put back the very objects: parameters of the base layer, and what `merge` noted in the layer."""

@@ -129,24 +129,14 @@ def _merge(model: nn.Module, adapter_names: list[str] | None = None) -> tuple[li
     reason = obstacle(model, layers, adapter_names)
     if reason is not None:
         return [], reason
-    merges = []
+    merges: list[CopiedMerge] = []
     try:
         for path, layer in layers.items():
             merges.append(CopiedMerge(layer, copies=not isinstance(layer, DeltaLinear)))
-            try:
-                merges[-1].merge(adapter_names)
-            except (NotImplementedError, AttributeError, TypeError) as error:
-                reason = f"{path} ({kind_of(layer)}) cannot be merged: {error or type(error).__name__}"
-            except (ValueError, RuntimeError) as error:
-                if isinstance(error, (InputError, torch.OutOfMemoryError)):
-                    raise
-                reason = f"{path} ({kind_of(layer)}) cannot be merged: {error}"
-            if reason is None and not layer.merged:
-                reason = f"{path} ({kind_of(layer)}) does not merge"
+            reason = _refusal(merges[-1], adapter_names)
             if reason is not None:
                 _undo(merges)
-                return [], reason
-            _keep_one_copy(merges[-1])
+                return [], f"{path} ({kind_of(layer)}) {reason}"
         _check_finite(layers)
     except BaseException:
         _undo(merges)
@@ -154,16 +144,27 @@ def _merge(model: nn.Module, adapter_names: list[str] | None = None) -> tuple[li
     return merges, None
 
 
+def _refusal(merge: CopiedMerge, adapter_names: list[str] | None) -> str | None:
+    """Merge a layer, or say why PEFT does not."""
+    try:
+        merge.merge(adapter_names)
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    # Every method refuses in its own way.
+    except (NotImplementedError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+        return f"cannot be merged: {error or type(error).__name__}"
+    if not merge.layer.merged:
+        return "does not merge"
+    # Fast DoRA keeps what it found in the place of the weight, which was a copy.
+    if (kept := getattr(merge.layer, KEPT, None)) is not None:
+        kept.weight = merge.original_weight
+    return None
+
+
 def _undo(merges: list[CopiedMerge]) -> None:
     # Backwards, because layers may share a parameter.
     for merge in reversed(merges):
         merge.undo()
-
-
-def _keep_one_copy(merge: CopiedMerge) -> None:
-    # Fast DoRA keeps what it found in the place of the weight, which was a copy.
-    if (kept := getattr(merge.layer, KEPT, None)) is not None:
-        kept.weight = merge.original_weight
 
 
 def _check_finite(layers: dict[str, BaseTunerLayer]) -> None:
