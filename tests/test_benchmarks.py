@@ -132,3 +132,15 @@ def test_simulation_of_budgets_has_every_row(monkeypatch, tmp_path, capsys):
         assert run["learnt"]["variance"]["variance"] < 0
     assert capsys.readouterr().out.count("\n|") == sum(len(runs[0][w]) + 2 for w in module.WORLDS) + 4
     assert (tmp_path / "gdro_sim.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_merged_rollouts_cost_one_copy_and_no_drift(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = load("merged_rollouts")
+    module.main(["--quick", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "merged_rollouts.json").read_text())
+    assert all(row["kept_bytes"] == row["adapted_bytes"] for row in found["costs"].values())
+    assert all(set(row["kept"].values()) == {0} for row in found["drift"].values())
+    assert found["drift"]["LoRA"]["trl"]["100"] > 1e-3 and found["drift"]["Bone"]["trl"]["100"] == 0
+    assert capsys.readouterr().out.count("\n|") == len(module.METHODS) + len(module.DRIFTING) + 4
