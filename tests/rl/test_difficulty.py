@@ -180,10 +180,11 @@ def test_asking_twice_is_not_asking_for_the_same():
     expected = rates.alpha.tolist()
     rates.alpha.zero_(), rates.solved.zero_()
     assert ours.estimate(ids, levels).alpha.tolist() == expected
+    assert ours.estimate(ids, ["y", "x"]).alpha.tolist() != expected
+    assert ours.estimate(ids, levels).alpha.tolist() == expected
     assert ours.estimate(["a", True], levels).seen.tolist() == [4, 0]
     with pytest.raises(InputError, match="Entry 1 of the prompt ids is 1.0"):
         ours.estimate(["a", 1.0], levels)
-    assert ours.estimate(ids, ["y", "x"]).alpha.tolist() != expected
     ids[0] = "new"
     assert ours.estimate(ids, levels).seen.tolist() == [0, 4]
     ours.update(ids, torch.tensor([0, 0]), torch.tensor([2, 0]), levels)
