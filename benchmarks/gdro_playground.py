@@ -4,6 +4,8 @@
     python benchmarks/gdro_playground.py screen choose      # all variants on the tuning seeds; writes the choice
     python benchmarks/gdro_playground.py final report       # the chosen ones on fresh seeds; table and picture
 
+All of it again, and apart, with `--family faulty_table`, the playground's other family of problems.
+
 A seed is a base model, pre-trained from scratch, with its own problems, order of prompts and draws; arms are paired by seed.
 Measured are problems that neither the base model nor training has seen. Settings, seeds, measures and rules are those of
 `gdro_playground_settings.py`. Every run is a file in `--out` that appears when it is complete: started again, the benchmark goes
@@ -25,7 +27,7 @@ from tqdm import tqdm
 
 BASE = "base model"
 GRPO_ALL_PROMPTS = "GRPO, all prompts"
-CHOICE = Path(__file__).parent / "gdro_playground_choice.json"
+NAME = "gdro_playground"
 QUICK = {"steps": 2, "pretrain_steps": 2, "samples": 8, "samples_during": 1, "every": 1, "problems_a_level": 1}
 
 
@@ -35,7 +37,7 @@ class Study:
     Args:
         out: directory of the files.
         bases: directory of the playgrounds, which are built as needed.
-        options: numbers of steps, prompts and evaluations, the same for all arms.
+        options: numbers of steps, prompts and evaluations, and what the family changes; the same for all arms.
         workers: processes; each uses one thread.
     """
 
@@ -117,11 +119,12 @@ def main(argv=None):
     stages = ("prompts", "screen", "choose", "final", "report")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("stages", nargs="+", choices=stages)
+    parser.add_argument("--family", choices=list(settings.FAMILIES), default="addition")
     parser.add_argument("--tuning-seeds", type=int, nargs="+", default=list(settings.TUNING_SEEDS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(settings.SEEDS), help="of the final runs")
-    parser.add_argument("--out", type=Path, default=Path("runs/gdro_playground"), help="one file a run")
-    parser.add_argument("--bases", type=Path, default=Path("runs/gdro_playground/bases"), help="playgrounds, by seed")
-    parser.add_argument("--choice", type=Path, default=CHOICE)
+    parser.add_argument("--out", type=Path, help="one file a run; default: runs/gdro_playground[_family]")
+    parser.add_argument("--bases", type=Path, help="playgrounds, by seed; default: bases in --out")
+    parser.add_argument("--choice", type=Path, help="default: gdro_playground_choice[_family].json beside this file")
     parser.add_argument("--report", type=Path, default=Path("docs/rl"), help="where runs and picture go")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="two steps and hardly any problem, to see that it runs")
@@ -129,8 +132,12 @@ def main(argv=None):
     if set(args.seeds) & set(args.tuning_seeds):
         parser.error("variants are to be chosen on seeds that are not compared: change --tuning-seeds.")
     options = {"steps": settings.STEPS, "pretrain_steps": None, "prompts_a_level": settings.PROMPTS_A_LEVEL}
-    options |= settings.EVALUATION | (QUICK if args.quick else {})
-    study = Study(args.out, args.bases, options, args.workers)
+    options |= settings.EVALUATION | settings.FAMILIES[args.family] | (QUICK if args.quick else {})
+    suffix = "" if args.family == "addition" else f"_{args.family}"
+    args.report_name = NAME + suffix
+    args.choice = args.choice or Path(__file__).parent / f"{NAME}_choice{suffix}.json"
+    args.out = args.out or Path("runs") / args.report_name
+    study = Study(args.out, args.bases or args.out / "bases", options, args.workers)
     for stage in [stage for stage in stages if stage in args.stages]:
         STAGES[stage](study, args)
 
@@ -171,8 +178,8 @@ def _report(study, args):
     args.report.mkdir(parents=True, exist_ok=True)
     print(markdown(found["final"]), "Screen:", markdown(found["screen"]), sep="\n\n")
     lines = json.dumps(found, ensure_ascii=False).replace('{"seed"', '\n{"seed"')
-    (args.report / "gdro_playground.json").write_text(lines + "\n")
-    draw(found["final"], args.report / "gdro_playground.png")
+    (args.report / f"{args.report_name}.json").write_text(lines + "\n")
+    draw(found["final"], args.report / f"{args.report_name}.png")
 
 
 STAGES = {"prompts": _prompts, "screen": _screen, "choose": _choose, "final": _final, "report": _report}

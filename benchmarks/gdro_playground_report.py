@@ -63,7 +63,8 @@ def summary(results: dict[str, list[dict]], bases: list[dict]) -> dict:
             "runs": [{key: run[key] for key in ("seed", "final", "during", "cpu_seconds")} for run in runs],
         }
     base = {name: {"mean": interval(scores(bases, name))} for name in MEASURES}
-    return {"seeds": [run["seed"] for run in bases], "base": base, "arms": arms}
+    hardest = list(bases[0]["final"]["pass@1"])[-1]
+    return {"seeds": [run["seed"] for run in bases], "hardest level": hardest, "base": base, "arms": arms}
 
 
 def _curves(runs, bases):
@@ -137,7 +138,8 @@ def markdown(found: dict) -> str:
 
 def _scores_table(found, names):
     references = [f"minus {arm}" for arm in (GRPO, BALANCING) if arm in found["arms"]]
-    head = [cell for name in names for cell in (name, *references)]
+    titles = [name.replace("hardest level", found["hardest level"]) for name in names]
+    head = [cell for title in titles for cell in (title, *references)]
     lines = [f"| | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
     for arm, figures in [("base model", {"measures": found["base"]}), *found["arms"].items()]:
         cells = []

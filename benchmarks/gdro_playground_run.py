@@ -11,14 +11,14 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from gdro_playground_settings import GENERATIONS, PROMPTS, TRAINING
+from gdro_playground_settings import ADDITION, GENERATIONS, PROMPTS, TRAINING
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer
 from hf_delta.evaluation import evaluate, load_rows
 from hf_delta.evaluation.rows import natural_key
-from hf_delta.playground import build_playground, playground_reward
+from hf_delta.playground import build_playground, rewards
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Job:
         arm: name of the arm; `None` builds and evaluates the base model only.
         keys: its recipe keys.
         seed: of the playground, of training and of the evaluations, so that arms are paired.
-        settings: number of steps, prompts a level and evaluation settings.
+        settings: number of steps, prompts a level and evaluation settings, and what the family changes of `addition`.
         bases: directory of the playgrounds; what is missing is built.
         out: file of the result.
     """
@@ -40,6 +40,11 @@ class Job:
     settings: dict
     bases: Path
     out: Path
+
+    @property
+    def family(self) -> dict:
+        """Task, reward and training settings of the family."""
+        return {key: self.settings.get(key, value) for key, value in ADDITION.items()}
 
     def described(self) -> dict:
         """What must be equal for a result on disk to be this job's."""
@@ -56,7 +61,11 @@ def run(job: Job) -> Path:
     """Does a job and writes its result: to the end, or not at all."""
     start = time.process_time()
     playground = build_playground(
-        job.bases / str(job.seed), seed=job.seed, pretrain_steps=job.settings["pretrain_steps"], progress=False
+        job.bases / str(job.seed),
+        seed=job.seed,
+        task=job.family["task"],
+        pretrain_steps=job.settings["pretrain_steps"],
+        progress=False,
     )
     held_out = _held_out(playground / "eval.jsonl", job.settings["problems_a_level"])
     found = _evaluated_base(playground, held_out, job) if job.arm is None else _trained(playground, held_out, job)
@@ -77,12 +86,12 @@ def _trained(playground, held_out, job):
     steps = job.settings["steps"]
     rows = training_rows(playground / "train.jsonl", job.settings["prompts_a_level"])
     during = Evaluations(tokenizer, held_out, job)
+    reward = getattr(rewards, job.family["reward"])
+    keys = {**TRAINING, **job.family["training"], **job.keys, **_PLAIN_CPU_RUN}
     with tempfile.TemporaryDirectory() as folder:
-        args = DeltaGRPOConfig(
-            output_dir=folder, max_steps=steps, seed=job.seed, **{**TRAINING, **job.keys}, **_PLAIN_CPU_RUN
-        )
+        args = DeltaGRPOConfig(output_dir=folder, max_steps=steps, seed=job.seed, **keys)
         trainer = RecordedTrainer(
-            model, playground_reward, args, Dataset.from_list(rows), processing_class=tokenizer, callbacks=[during]
+            model, reward, args, Dataset.from_list(rows), processing_class=tokenizer, callbacks=[during]
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -203,6 +212,7 @@ class RecordedTrainer(DeltaGRPOTrainer):
             prompts = [list(levels[name].values()) for name in names]
             found["prompts"].append([len(level) for level in prompts])
             found["rollouts"].append([sum(map(len, level)) for level in prompts])
+            # Graded or not, a reward of 1 is a right answer.
             found["correct"].append([sum(int(reward) for p in level for reward, _ in p) for level in prompts])
             found["silent"].append([sum(len({reward for reward, _ in p}) == 1 for p in level) for level in prompts])
             found["weight"].append([_mean_weight(level) for level in prompts])

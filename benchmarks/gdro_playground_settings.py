@@ -1,5 +1,10 @@
 """Seeds, settings, measures, variants and rules of `gdro_playground.py`, committed before the runs they are for.
 
+Families: `addition`, in which a run mostly learns to work problems out instead of guessing, and `faulty_table`, in which it has to
+compute better. For the second the learning rate is the one its page measured (docs/playground.md), and the reward is graded: the
+share of digits that are right, of which only all count as correct. Everything else, and the evaluation, is the same. The families
+are studies of their own: each has its screen, its choice and its comparisons.
+
 Prompts: 8 of 96 problems a step, 16 of each level, so that 60 steps see each five times, as training on a set of problems
 with known answers does in practice. The playground's file has 3,072, of which 60 steps would see 480 once, and what a
 method learns about a problem could never be used. `prompts` compares the two for GRPO on `PROMPTS_SEEDS`; the 96 are taken
@@ -7,7 +12,7 @@ unless GRPO's primary measure with them is more than `PROMPTS_TOLERANCE` lower.
 
 Choice: of the Prompt variants, and of the Rollout variants, the one with the highest mean of the primary measure over the tuning
 seeds; of equal ones the first. `choose` applies that and writes the two names to
-`gdro_playground_choice.json`, committed before the final runs. Bin balancing in the final is the Prompt variant chosen with
+`gdro_playground_choice.json`, or `gdro_playground_choice_<family>.json`, committed before the final runs. Bin balancing in the final is the Prompt variant chosen with
 eta 0, so that it differs by the adversary alone. Not screened, for the time it takes: `signal: loss`, which is 0 where one
 update follows each generation, so that it is balancing or GRPO by another name; `weights: unnormalised`, which changes the size
 of the step; `rollout_weighting: sample`, which changes what a prompt counts; other gammas and bounds.
@@ -29,14 +34,14 @@ PROMPTS_A_LEVEL = 16
 PROMPTS_SEEDS = TUNING_SEEDS[:2]
 PROMPTS_TOLERANCE = 0.05
 
-# Over the six levels of held-out problems: the mean, the lowest of each run, and the one that was hardest for every base.
+# Over the six levels of held-out problems: the mean, the lowest of each run, and the last, which has the most digits.
 MEASURES = {
     "pass@1": ("pass@1", "mean"),
     "pass@8": ("pass@8", "mean"),
     "worst level pass@1": ("pass@1", "lowest"),
     "worst level pass@8": ("pass@8", "lowest"),
-    "add6 pass@1": ("pass@1", "last"),
-    "add6 pass@8": ("pass@8", "last"),
+    "hardest level pass@1": ("pass@1", "last"),
+    "hardest level pass@8": ("pass@8", "last"),
 }
 PRIMARY = "pass@1"
 
@@ -58,6 +63,17 @@ TRAINING = {
     "adam_beta2": 0.99,
     "weight_decay": 0.0,
     "max_grad_norm": 1.0,
+}
+
+# What a family changes of `addition`; these settings are recorded with each of its runs.
+ADDITION = {"task": "addition", "reward": "playground_reward", "training": {}}
+FAMILIES = {
+    "addition": {},
+    "faulty_table": {
+        "task": "faulty_table",
+        "reward": "playground_digit_reward",
+        "training": {"learning_rate": 5e-4, "correct_threshold": 0.999},
+    },
 }
 
 # A prompt not seen yet starts at the pass rate of its level.
