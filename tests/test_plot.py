@@ -1,6 +1,8 @@
 import json
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from hf_delta.errors import InputError
@@ -138,6 +140,104 @@ def test_an_evaluation_alone(tmp_path):
     bars = shown["Held-out pass@1, 95 % intervals"]
     assert [tick.get_text() for tick in bars.get_xticklabels()] == ["all"]
     assert labels(bars) == ["before"]
+
+
+def heat(run_dir, title):
+    axes = panels(run_dir)[title]
+    (image,) = axes.get_images()
+    return axes, image, image.get_array()
+
+
+def test_heat_maps_of_a_curriculum(tmp_path):
+    log = [
+        {"step": 1, "reward": 0.5, "gdro/weight/add10": 0.5, "gdro/weight/add2": 4.0, "gdro/rollouts/add2": 8.0},
+        {"step": 2, "reward": 0.5, "gdro/weight/add2": 0.0, "gdro/rollouts/add2": 2, "gdro/rollouts/add10": 14.0},
+        {"step": 3, "reward": 0.5, "gdro/weight/add10": 2.0, "gdro/weight/add2": float("nan"), "gdro/q/add2": 7.0},
+    ]
+    write_state(tmp_path, log)
+    axes, image, weights = heat(tmp_path, "Curriculum: weights")
+    # The first group on top, as in the legends.
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["add2", "add10"]
+    assert axes.yaxis_inverted() and list(axes.get_yticks()) == [0, 1]
+    assert weights.filled(-1).tolist() == [[4.0, 0.0, -1], [0.5, -1, 2.0]]
+    assert image.get_extent() == [0.5, 3.5, 1.5, -0.5]
+    # As many times less as more than 1 is as far from white; a weight of 0 has the colour of the least one.
+    assert image.norm([0.25, 0.5, 1.0, 2.0, 4.0]).tolist() == pytest.approx([0, 0.25, 0.5, 0.75, 1])
+    assert float(image.norm(0.0)) == pytest.approx(0)
+    assert image.cmap(0.5)[:3] == pytest.approx((1, 1, 1), abs=0.05)
+    assert image.cmap(0.0)[2] > image.cmap(0.0)[0] and image.cmap(1.0)[0] > image.cmap(1.0)[2]
+
+    axes, image, rollouts = heat(tmp_path, "Curriculum: rollouts")
+    assert rollouts.filled(-1).tolist() == [[8.0, 2.0], [-1, 14.0]]
+    assert float(image.norm(8.0)) == pytest.approx(0.5)
+    assert float(image.norm(2.0)) == pytest.approx(0)
+    assert not axes.get_xgridlines()[0].get_visible()
+    assert run_figure(tmp_path).get_supxlabel().endswith("grey cells: no prompt of that group")
+
+
+def test_blank_cells_show_the_ground(tmp_path):
+    write_state(tmp_path, [{"step": s, f"gdro/weight/{'ab'[s % 2]}": 1.0} for s in range(1, 5)])
+    figure = run_figure(tmp_path)
+    (axes,) = (axes for axes in figure.axes if axes.get_title() == "Curriculum: weights")
+    figure.canvas.draw()
+    picture = np.asarray(figure.canvas.buffer_rgba())[::-1, :, :3].astype(int)
+    ground = [round(255 * part) for part in to_rgb(axes.get_facecolor())]
+    # Weights of 1 are all but white, and blanks must not be taken for them.
+    assert max(ground) < 225
+    shown = []
+    for row in (0, 1):
+        places = [axes.transData.transform((step, row)).astype(int) for step in range(1, 5)]
+        shown.append([picture[y, x].tolist() == ground for x, y in places])
+    # b at steps 1 and 3, a at steps 2 and 4.
+    assert shown == [[True, False, True, False], [False, True, False, True]]
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "width"), [(60, 1, 1), (61, 1, 2), (150, 1, 3), (600, 10, 10), (1000, 10, 20)]
+)
+def test_heat_maps_of_long_runs_are_means_over_windows(tmp_path, steps, every, width):
+    random = np.random.default_rng(0)
+    at = np.arange(every, steps + 1, every)
+    values = random.uniform(2, 20, len(at))
+    values[random.random(len(at)) < 0.4] = np.nan
+    rows = [{"step": int(s), "gdro/rollouts/all": 8.0, "gdro/rollouts/hard": float(v)} for s, v in zip(at, values)]
+    write_state(tmp_path, rows)
+    _, image, means = heat(tmp_path, "Curriculum: rollouts")
+    windows = [values[(low < at) & (at <= low + width)] for low in range(0, steps, width)]
+    expected = [np.mean(window[~np.isnan(window)]) if (~np.isnan(window)).any() else -1 for window in windows]
+    assert means.shape == (2, len(windows)) and len(windows) <= 60
+    assert means.filled(-1)[1] == pytest.approx(expected)
+    assert image.get_extent()[:2] == [0.5, 0.5 + width * len(windows)]
+
+
+def test_a_first_step_that_is_logged_too_shares_its_window(tmp_path):
+    write_state(tmp_path, [{"step": s, "gdro/weight/all": float(s)} for s in (1, 10, 20, 30)])
+    assert heat(tmp_path, "Curriculum: weights")[2].tolist() == [[5.5, 20.0, 30.0]]
+
+
+@pytest.mark.parametrize(
+    ("groups", "shown"),
+    [
+        (["0.5-1.0", "0.25-0.5", "0.0-0.25"], ["0.0-0.25", "0.25-0.5", "0.5-1.0"]),
+        (["0.1-1.0", "1e-05-0.1", "0.0-1e-05"], ["0.0-1e-05", "1e-05-0.1", "0.1-1.0"]),
+        (["level 10", "other", "level 9"], ["level 9", "level 10", "other"]),
+        (["counting and probability 5"], ["counting…bility 5"]),
+        ([f"g{i}" for i in range(40)], [f"g{i}" for i in range(0, 40, 3)]),
+    ],
+)
+def test_names_of_groups(tmp_path, groups, shown):
+    write_state(tmp_path, [{"step": 1, **{f"gdro/weight/{group}": 1.0 for group in groups}}])
+    axes, image, weights = heat(tmp_path, "Curriculum: weights")
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == shown
+    # Weights of 1 alone are white, on a scale that is not empty.
+    assert weights.shape == (len(groups), 1) and float(image.norm(1.0)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("value", [None, float("nan")])
+def test_no_heat_map_of_nothing(tmp_path, value):
+    write_state(tmp_path, [{"step": 1, "reward": 0.5, "gdro/weight/all": value, "gdro/q/all": 1.0, "gdro/price": 2.0}])
+    assert list(panels(tmp_path)) == ["Reward"]
+    assert "grey" not in run_figure(tmp_path).get_supxlabel()
 
 
 def test_files(tmp_path):

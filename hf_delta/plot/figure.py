@@ -6,9 +6,11 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator
 
 from hf_delta.errors import InputError
+from hf_delta.plot.curriculum import curriculum_panels
 from hf_delta.plot.evaluation import evaluation_panels
 from hf_delta.plot.history import History, newest_log
 from hf_delta.plot.panel import STEP
@@ -49,7 +51,7 @@ def run_figure(run_dir: str | Path) -> Figure:
     """
     run_dir = Path(run_dir)
     history = History(newest_log(run_dir))
-    panels = [*training_panels(history), *evaluation_panels(run_dir)]
+    panels = [*training_panels(history), *curriculum_panels(history), *evaluation_panels(run_dir)]
     if not panels:
         raise InputError(
             f"Nothing to plot in {run_dir}: looked for logged values in trainer_state.json there and in its checkpoint-*, "
@@ -58,6 +60,8 @@ def run_figure(run_dir: str | Path) -> Figure:
     columns = 2 if len(panels) == 4 else min(3, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.5 * columns, 3.2 * rows + 0.5), layout="constrained")
+    # Labels on the right of a panel keep away from those on the left of the next.
+    figure.get_layout_engine().set(w_pad=0.08)
     FigureCanvasAgg(figure)
     figure.suptitle(run_dir.resolve().name, fontweight="bold")
     for index, panel in enumerate(panels, start=1):
@@ -66,10 +70,20 @@ def run_figure(run_dir: str | Path) -> Figure:
         axes.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
         if panel.xlabel == STEP:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
-        axes.grid(alpha=0.25)
+        if panel.grid:
+            axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.02)
-    smoothed = any(isinstance(mark, PathCollection) for axes in figure.axes for mark in axes.collections)
-    footer = "points: logged values" + "; lines: centred moving averages" * smoothed
-    figure.supxlabel(footer if panels[0].xlabel == STEP else "", fontsize="small", color="dimgray")
+    figure.supxlabel(_footer(figure) if panels[0].xlabel == STEP else "", fontsize="small", color="dimgray")
     return figure
+
+
+def _footer(figure: Figure) -> str:
+    smoothed = any(isinstance(mark, PathCollection) for axes in figure.axes for mark in axes.collections)
+    heat = any(isinstance(mark, AxesImage) for axes in figure.axes for mark in axes.images)
+    notes = [
+        "points: logged values",
+        "lines: centred moving averages" * smoothed,
+        "grey cells: no prompt of that group" * heat,
+    ]
+    return "; ".join(filter(None, notes))

@@ -17,3 +17,4 @@ class Panel:
     ylabel: str
     draw: Callable[[Axes], None]
     xlabel: str = STEP
+    grid: bool = True
