@@ -12,7 +12,7 @@ def grouped_advantages(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """GRPO's advantages where groups have different sizes: `A_i = (r_i - mean_group r) / (std r + 1e-4)`.
 
-    With groups of one size these are TRL's. The standard deviation has Bessel's correction; a completion without any score
+    With groups of one size these are TRL's. On the CPU, where sums are in one order. The standard deviation has Bessel's correction; a completion without any score
     gets advantage 0 and is left out of mean and deviation, and so is a function without a score from that function's.
 
     Args:
@@ -57,19 +57,18 @@ def _centred(values: torch.Tensor, group_ids: torch.Tensor, scaled: bool) -> tup
 def _moments(values: torch.Tensor, group_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and deviation of each value's group, `(N,)` each, without NaN values; deviation NaN for groups of one."""
     known = ~values.isnan()
-    size = int(group_ids.max()) + 1 if len(group_ids) else 0
-    count = group_sums(known.double(), group_ids, size)
-    mean = group_sums(values.nan_to_num(), group_ids, size) / count
-    squares = torch.where(known, (values - mean[group_ids]) ** 2, 0.0)
-    variance = group_sums(squares, group_ids, size) / torch.where(count > 1, count - 1, torch.nan)
-    return mean[group_ids], variance.sqrt()[group_ids]
+    count = torch.bincount(group_ids, known.double())
+    mean = (torch.bincount(group_ids, values.nan_to_num()) / count)[group_ids]
+    squares = torch.bincount(group_ids, ((values - mean) ** 2).nan_to_num())
+    variance = squares / torch.where(count > 1, count - 1, torch.nan)
+    return mean, variance.sqrt()[group_ids]
 
 
 def group_sums(values: torch.Tensor, group_ids: torch.Tensor, size: int) -> torch.Tensor:
     """Sum of the values `(N,)` of each of `size` groups, `(size,)`; a group of -1 is none."""
-    inside = group_ids >= 0
-    sums = torch.zeros(size, dtype=values.dtype, device=values.device)
-    return sums.index_add_(0, group_ids[inside], values[inside])
+    # One place more, at the end, takes what is in no group: an index of -1 would be refused.
+    sums = torch.zeros(size + 1, dtype=values.dtype, device=values.device)
+    return sums.index_add_(0, torch.where(group_ids < 0, size, group_ids), values)[:size]
 
 
 def mean_surrogate_loss(

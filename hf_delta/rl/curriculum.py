@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from hf_delta.errors import InputError
-from hf_delta.rl.advantages import group_sums
 from hf_delta.rl.allocation import PromptBatch
 from hf_delta.rl.difficulty import Difficulty, PassRates
 
@@ -139,8 +138,8 @@ class Curriculum:
     def learn(self, plan: Plan, scored: torch.Tensor, correct: torch.Tensor) -> None:
         """Take in one batch of results: whether each rollout `(N,)` has a score, and whether it is correct."""
         size = len(plan.counts)
-        rollouts = group_sums(scored.long(), plan.group_ids, size)
-        solved = group_sums((scored & correct).long(), plan.group_ids, size)
+        rollouts = torch.bincount(plan.group_ids[scored], minlength=size)
+        solved = torch.bincount(plan.group_ids[scored & correct], minlength=size)
         self.difficulty.update(plan.prompt_ids, solved, rollouts, plan.pooled)
         update = getattr(self.allocation, "update", None)
         if update is not None:

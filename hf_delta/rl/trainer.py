@@ -182,9 +182,9 @@ class DeltaGRPOTrainer(ResumableGRPO):
         if self._plan is None or bool((self._plan.counts == self.num_generations).all()):
             return
         advantages, zero_std = grouped_advantages(
-            rewards_per_func,
-            self.reward_weights.to(rewards_per_func.device),
-            self._plan.group_ids.to(rewards_per_func.device),
+            rewards_per_func.cpu(),
+            self.reward_weights.cpu(),
+            self._plan.group_ids,
             self.scale_rewards,
             self.multi_objective_aggregation,
         )
