@@ -144,3 +144,82 @@ def test_merged_rollouts_cost_one_copy_and_no_drift(monkeypatch, tmp_path, capsy
     assert all(set(row["kept"].values()) == {0} for row in found["drift"].values())
     assert found["drift"]["LoRA"]["trl"]["100"] > 1e-3 and found["drift"]["Bone"]["trl"]["100"] == 0
     assert capsys.readouterr().out.count("\n|") == len(module.METHODS) + len(module.DRIFTING) + 4
+
+
+@pytest.mark.slow
+def test_group_dro_on_the_playground_compares_equal_budgets(monkeypatch, tmp_path, capsys):
+    """All stages with two steps: no result, but every arm and seed, a choice by the rule, and a study that is not run twice."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = load("gdro_playground")
+    import gdro_playground_run as runs
+
+    arguments = ["prompts", "screen", "choose", "final", "report", "--quick", "--workers", "1"]
+    arguments += ["--tuning-seeds", "1", "--seeds", "3", "4", "--choice", str(tmp_path / "choice.json")]
+    arguments += [
+        "--report",
+        str(tmp_path / "report"),
+        "--out",
+        str(tmp_path / "runs"),
+        "--bases",
+        str(tmp_path / "bases"),
+    ]
+    module.main(arguments)
+    found = json.loads((tmp_path / "report" / "gdro_playground.json").read_text())
+    arms = found["final"]["arms"]
+    assert len(arms) == 6 and all([run["seed"] for run in arm["runs"]] == [3, 4] for arm in arms.values())
+    choice, settings = found["choice"], module.settings
+    for kind, variants in (("prompt", settings.PROMPT_VARIANTS), ("rollout", settings.ROLLOUT_VARIANTS)):
+        assert choice["means"][choice[kind]] == max(choice["means"][name] for name in variants)
+    assert arms["bin balancing"]["keys"]["prompt_weighting_kwargs"]["eta"] == 0.0
+    assert arms["both and ΔL"]["keys"] == {
+        **settings.ROLLOUT_VARIANTS[choice["rollout"]],
+        **settings.PROMPT_VARIANTS[choice["prompt"]],
+        "loss_type": "delta_l",
+    }
+    assert (tmp_path / "report" / "gdro_playground.png").stat().st_size > 10_000
+
+    curriculum = json.loads((tmp_path / "runs" / "both-3.json").read_text())["curriculum"]
+    runs.check_budget(curriculum, steps=2)
+    curriculum["rollouts"][1][0] += 1
+    with pytest.raises(RuntimeError, match="rollouts"):
+        runs.check_budget(curriculum, steps=2)
+
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
+    first, _ = capsys.readouterr()
+    module.main(arguments)
+    assert capsys.readouterr().out == first
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()} == written
+    with pytest.raises(SystemExit, match="other settings"):
+        module.main([*arguments, "--family", "faulty_table"])
+
+
+@pytest.mark.slow
+def test_group_dro_on_the_family_with_graded_rewards(monkeypatch, tmp_path):
+    """Its task, reward and learning rate are those of the run, and what counts as correct is a right answer."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = load("gdro_playground")
+    import gdro_playground_run as runs
+
+    seen = {}
+
+    class Watched(runs.RecordedTrainer):
+        def __init__(self, model, reward, args, *rest, **kwargs):
+            super().__init__(model, reward, args, *rest, **kwargs)
+            seen.update(reward=reward, args=args)
+
+        def on_rollouts(self, rollouts, rewards_per_func, rows):
+            # What a base of two steps cannot: a right answer and one of which half is right.
+            rewards_per_func[:, 0] = torch.tensor([1.0, 0.5]).repeat(len(rows) // 2)
+            super().on_rollouts(rollouts, rewards_per_func, rows)
+
+    monkeypatch.setattr(runs, "RecordedTrainer", Watched)
+    settings = module.settings
+    options = {"prompts_a_level": 16} | settings.EVALUATION | settings.FAMILIES["faulty_table"] | module.QUICK
+    study = module.Study(tmp_path / "runs", tmp_path / "bases", options, workers=1)
+    job = study.job("variance", settings.ROLLOUT_VARIANTS["variance, no exploration"], seed=3)
+    content = json.loads(runs.run(job).read_text())
+    assert seen["reward"] is runs.rewards.playground_digit_reward
+    assert (seen["args"].learning_rate, seen["args"].correct_threshold) == (5e-4, 0.999)
+    assert content["curriculum"]["levels"] == [f"sum{digits}" for digits in range(1, 7)]
+    assert content["settings"]["task"] == "faulty_table"
+    assert [sum(step) for step in content["curriculum"]["correct"]] == [32, 32]
