@@ -11,9 +11,10 @@ method learns about a problem could never be used. `prompts` compares the two fo
 unless GRPO's primary measure with them is more than `PROMPTS_TOLERANCE` lower.
 
 Choice: of the Prompt variants, and of the Rollout variants, the one with the highest mean of the primary measure over the tuning
-seeds; of equal ones the first. `choose` applies that and writes the two names to
-`gdro_playground_choice.json`, or `gdro_playground_choice_<family>.json`, committed before the final runs. Bin balancing in the final is the Prompt variant chosen with
-eta 0, so that it differs by the adversary alone. Not screened, for the time it takes: `signal: loss`, which is 0 where one
+seeds; of equal ones the first. `choose` applies that and writes the two names to `gdro_playground_choice.json`, or
+`gdro_playground_choice_<family>.json`, committed before the final runs. Bin balancing in the final has the groups of the Prompt
+variant chosen, eta 0 and the weights `objective`: where the variant has them too, the two differ by the adversary alone; where
+it has `mean_one`, that with eta 0 is GRPO. Not screened, for the time it takes: `signal: loss`, which is 0 where one
 update follows each generation, so that it is balancing or GRPO by another name; `weights: unnormalised`, which changes the size
 of the step; `rollout_weighting: sample`, which changes what a prompt counts; other gammas and bounds.
 
@@ -113,7 +114,10 @@ SCREENED = {GRPO: {}, **PROMPT_VARIANTS, **ROLLOUT_VARIANTS}
 def final_arms(choice: dict[str, str]) -> dict[str, dict]:
     """Recipe keys of the arms that are compared, after the choice of variants."""
     prompt, rollout = PROMPT_VARIANTS[choice["prompt"]], ROLLOUT_VARIANTS[choice["rollout"]]
-    balancing = {**prompt, "prompt_weighting_kwargs": {**prompt["prompt_weighting_kwargs"], "eta": 0.0}}
+    balancing = {
+        **prompt,
+        "prompt_weighting_kwargs": {**prompt["prompt_weighting_kwargs"], "weights": "objective", "eta": 0.0},
+    }
     return {
         GRPO: {},
         "bin balancing": balancing,
