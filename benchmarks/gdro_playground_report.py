@@ -192,7 +192,7 @@ def draw(found: dict, path) -> None:
         _draw_forest(axes, found, name)
     top.legend(*forests[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
     left, right = bottom.subfigures(1, 2)
-    _draw_curves(left.subplots(), found)
+    _draw_curves(*left.subplots(2, 1, sharex=True, height_ratios=(2, 1)), found)
     curriculum = found["arms"][BOTH]["curriculum"]
     for axes, (key, neutral) in zip(right.subplots(2, 1), (("weight", 1.0), ("rollouts", float(GENERATIONS)))):
         _draw_heat(right, axes, curriculum, key, neutral)
@@ -218,17 +218,18 @@ def _draw_forest(axes, found, name):
     axes.set_title(name if name.startswith("worst") else f"mean over levels, {name}", fontsize="medium")
 
 
-def _draw_curves(axes, found):
+def _draw_curves(above, below, found):
+    theirs = np.array(found["arms"][GRPO]["curve"])[:, 1]
     for (arm, figures), colour in zip(found["arms"].items(), COLOURS):
         rollouts, means = zip(*figures["curve"])
-        axes.plot(rollouts, means, color=colour, marker="o", markersize=3, label=arm)
-    final = found["arms"][GRPO]["curve"][-1][1]
-    axes.axhline(final, color="grey", linewidth=0.8, linestyle="--", label="GRPO's final score")
-    axes.set(
-        xlabel="rollouts", ylabel=f"held-out {PRIMARY}, mean over levels", title="Learning curves, mean over seeds"
-    )
-    axes.legend(frameon=False, loc="lower right")
-    axes.grid(alpha=0.25)
+        above.plot(rollouts, means, color=colour, marker="o", markersize=3, label=arm)
+        below.plot(rollouts, np.array(means) - theirs, color=colour, marker="o", markersize=3)
+    above.axhline(theirs[-1], color="grey", linewidth=0.8, linestyle="--", label="GRPO's final score")
+    above.set(ylabel=f"held-out {PRIMARY}, mean over levels", title="Learning curves, mean over seeds")
+    above.legend(frameon=False, loc="lower right")
+    below.set(xlabel="rollouts", ylabel="minus GRPO")
+    for axes in (above, below):
+        axes.grid(alpha=0.25)
 
 
 def _draw_heat(figure, axes, curriculum, key, neutral):
