@@ -54,6 +54,20 @@ def test_the_example_of_a_weight_rule_works(tmp_path, monkeypatch):
     assert other.seen == {"a": 2, "b": 2}
 
 
+def test_the_example_of_an_allocation_rule_works(tmp_path, monkeypatch):
+    from hf_delta.imports import load_object
+    from tests.rl.test_allocation import batch
+
+    (tmp_path / "my_budgets.py").write_text(code_blocks(ROOT / "docs/rl/allocation_rules.md", "python")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    rule = load_object("my_budgets.UnsolvedFirst", key="rollout_allocation")(floor=3)
+    assert rule(batch([0, 4, 0, 8], [8, 8, 8, 8], mean=4)).tolist() == [5, 3, 5, 3]
+    assert rule(batch([1, 4], [8, 8], mean=4)).tolist() == [4, 4]
+    with pytest.raises(ValueError, match="more than 8 rollouts"):
+        rule.check(8, 3)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_links_within_the_repository_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#]+)", page.read_text())

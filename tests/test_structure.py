@@ -49,7 +49,7 @@ FLOORS = [
     ],
     ["rl/allocation", "playground", "evaluation"],
     ["rl/config.py", "rl/curriculum.py"],
-    ["rl/resume.py"],
+    ["rl/resume.py", "rl/configured.py"],
     ["rl/trainer.py", "rl/__init__.py", "preference", "plot"],
     ["recipe", "recipe.py", "data.py"],
     ["train.py", "run"],

@@ -182,6 +182,28 @@ class GRPOHooks(GRPOTrainer, ReferenceRepair):
         for name, values in state["pending_metrics"].items():
             self._metrics["train"][name] = values.tolist()
 
+    def completion_log(self) -> dict[str, Any] | None:
+        """What `log_completions` shows of the open window, without images; `None` if nothing is shown."""
+        if not self.log_completions:
+            return None
+        return {
+            "text": {name: [plain(v) for v in self._logs[name]] for name in ("prompt", "completion")},
+            "advantages": torch.tensor([*self._logs["advantages"]], dtype=torch.float64),
+            "rewards": {n: torch.tensor([*v], dtype=torch.float64) for n, v in self._logs["rewards"].items()},
+            "extra": {name: [plain(v) for v in values] for name, values in self._logs["extra"].items()},
+        }
+
+    def load_completion_log(self, log: dict[str, Any] | None) -> None:
+        """Counterpart of [`completion_log`]."""
+        if log is None or not self.log_completions:
+            return
+        for name, values in log["text"].items():
+            self._logs[name].extend(values)
+        self._logs["advantages"].extend(log["advantages"].tolist())
+        for kind in ("rewards", "extra"):
+            for name, values in log[kind].items():
+                self._logs[kind][name].extend(values.tolist() if isinstance(values, torch.Tensor) else values)
+
     def advance_sampler(self) -> None:
         """Move TRL's sampler on to the epoch in which the run resumes; in a new process it starts over with the first."""
         sampler = self._train_sampler
@@ -293,3 +315,16 @@ def gather_column(rows: list[dict], column: str) -> list[str]:
 def gather_rows(rows: list[dict]) -> list[dict]:
     """Rows of a dataset, gathered over all ranks in sampler order."""
     return gather_object(rows)
+
+
+def plain(value: Any) -> Any:
+    """A value of a log as JSON can hold it: what is no text, number, list or dict is what its table would show."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    return str(value)

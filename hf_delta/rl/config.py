@@ -6,10 +6,15 @@ from trl import GRPOConfig
 
 from hf_delta._compat.trl import GRPO_LOSS_TYPES
 from hf_delta.errors import InputError
-from hf_delta.rl.allocation import ALLOCATION_RULES
+from hf_delta.rl.allocation import ALLOCATION_RULES, AllocationRule
 from hf_delta.rl.difficulty import Difficulty
 from hf_delta.rl.rules import as_dict, build, build_rule, named_rule
 from hf_delta.rl.weights import WEIGHT_RULES
+from hf_delta.rl.weights.base import transform_name
+
+
+# What `prompt_weighting` takes by name: the weight rules over groups of prompts.
+GROUP_RULES = {name: rule for name, rule in WEIGHT_RULES.items() if name != "delta_l"}
 
 
 @dataclass
@@ -166,6 +171,10 @@ class DeltaGRPOConfig(GRPOConfig):
         for key in ("prompt_weighting_kwargs", "rollout_allocation_kwargs", "difficulty_kwargs"):
             setattr(self, key, as_dict(getattr(self, key), key))
         self._check_keys_that_do_nothing()
+        if self.prompt_weighting is not None and self.prompt_weighting in (self.advantage_transforms or []):
+            raise InputError(
+                f"{self.prompt_weighting} is in prompt_weighting and in advantage_transforms, so that it would weigh twice."
+            )
         if self.rollout_weighting not in ("prompt", "sample"):
             raise InputError(f"rollout_weighting must be prompt or sample, got {self.rollout_weighting!r}.")
         if self.merged_rollouts and self.use_transformers_continuous_batching:
@@ -176,28 +185,52 @@ class DeltaGRPOConfig(GRPOConfig):
         if not self.uses_curriculum:
             return
         build(Difficulty, self.difficulty_kwargs, "difficulty_kwargs")
-        prompts = self.generation_batch_size // self.num_generations
-        if prompts < 2:
-            raise InputError(
-                f"A generation batch of {self.generation_batch_size} rollouts has one prompt of num_generations "
-                f"{self.num_generations}, and prompt_weighting and rollout_allocation compare prompts with one another. Raise "
-                "per_device_train_batch_size or steps_per_generation."
-            )
+        check_prompts(self)
         if self.prompt_weighting is not None:
-            build_rule(self.prompt_weighting, self.prompt_weighting_kwargs, WEIGHT_RULES, "prompt_weighting")
+            build_rule(self.prompt_weighting, self.prompt_weighting_kwargs, GROUP_RULES, "prompt_weighting")
         if self.rollout_allocation is not None:
             rule = build_rule(
                 self.rollout_allocation, self.rollout_allocation_kwargs, ALLOCATION_RULES, "rollout_allocation"
             )
-            if hasattr(rule, "check"):
-                rule.check(self.generation_batch_size, prompts)
+            check_budget(rule, self)
 
     def _check_keys_that_do_nothing(self) -> None:
-        """Keys that only another one gives a meaning; those of groups are the trainer's, which knows all rules."""
+        """Arguments of a rule that is not there; other keys are the trainer's to judge, which knows all rules."""
         for key, default, wanted in (
             ("prompt_weighting_kwargs", {}, "prompt_weighting"),
             ("rollout_allocation_kwargs", {}, "rollout_allocation"),
-            ("rollout_weighting", "prompt", "rollout_allocation"),
         ):
             if getattr(self, key) != default and getattr(self, wanted) is None:
                 raise InputError(f"{key} does nothing without {wanted}. Write that, or remove {key}.")
+
+
+def check_prompts(config: GRPOConfig) -> int:
+    """Prompts of a generation batch.
+
+    Raises:
+        `InputError`: there is only one, so that rules which compare prompts do nothing.
+    """
+    prompts = config.generation_batch_size // config.num_generations
+    if prompts < 2:
+        raise InputError(
+            f"A generation batch of {config.generation_batch_size} rollouts has one prompt of num_generations "
+            f"{config.num_generations}, and prompt weights and budgets compare prompts with one another. Raise "
+            "per_device_train_batch_size or steps_per_generation."
+        )
+    return prompts
+
+
+def check_budget(rule: AllocationRule | None, config: GRPOConfig) -> None:
+    """Let an allocation rule refuse the budget of a generation batch.
+
+    Raises:
+        `InputError`: it does.
+    """
+    if not hasattr(rule, "check"):
+        return
+    try:
+        rule.check(config.generation_batch_size, check_prompts(config))
+    except Exception as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"rollout_allocation: {transform_name(rule)} refuses: {error}") from error

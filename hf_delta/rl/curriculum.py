@@ -10,6 +10,7 @@ import torch
 from hf_delta.errors import InputError
 from hf_delta.rl.allocation import PromptBatch
 from hf_delta.rl.difficulty import Difficulty, PassRates
+from hf_delta.rl.weights.base import transform_name
 
 
 PASS_RATE = "pass_rate"
@@ -79,7 +80,7 @@ class Curriculum:
         self.group_column = None if prompt_groups == PASS_RATE else prompt_groups
         self.prior_column = difficulty.prior_column
         self.rollout_weighting = rollout_weighting
-        self._names = list(group_names)
+        self._index = {name: place for place, name in enumerate(group_names)}
 
     @property
     def columns(self) -> list[str]:
@@ -88,7 +89,7 @@ class Curriculum:
 
     @property
     def group_names(self) -> tuple[str, ...]:
-        return tuple(self._names) if self.group_column else tuple(self.difficulty.group_names)
+        return tuple(self._index) if self.group_column else tuple(self.difficulty.group_names)
 
     def plan(self, prompts: list[dict[str, Any]], budget: int) -> Plan:
         """Groups and numbers of rollouts for these prompts, one row each.
@@ -96,9 +97,9 @@ class Curriculum:
         Raises:
             `InputError`: a row lacks a value, or the allocation rule fails or does not hand out exactly `budget`.
         """
-        ids, pooled = _values(prompts, "prompt_id"), None
+        ids, pooled = _values(prompts, "prompt_id", "prompt_id"), None
         if self.prior_column:
-            pooled = _values(prompts, self.prior_column)
+            pooled = _values(prompts, self.prior_column, "difficulty_kwargs: prior_column")
         rates = self.difficulty.estimate(ids, pooled)
         groups = self._groups(prompts, ids, pooled)
         mean = budget // len(ids)
@@ -112,16 +113,12 @@ class Curriculum:
     def _groups(self, prompts: list[dict[str, Any]], ids: list[str], pooled: list[str] | None) -> torch.Tensor:
         if self.group_column is None:
             return self.difficulty.groups(ids, pooled)
-        names = _values(prompts, self.group_column)
-        for name in names:
-            if name not in self._names:
-                self._names.append(name)
-        index = {name: i for i, name in enumerate(self._names)}
-        return torch.tensor([index[name] for name in names])
+        names = _values(prompts, self.group_column, "prompt_groups")
+        return torch.tensor([self._index.setdefault(name, len(self._index)) for name in names])
 
     @staticmethod
     def _checked(rule: Callable[[PromptBatch], torch.Tensor], batch: PromptBatch) -> torch.Tensor:
-        name = type(rule).__name__
+        name = transform_name(rule)
         try:
             counts = torch.as_tensor(rule(batch), dtype=torch.int64)
         except InputError:
@@ -168,18 +165,18 @@ class Curriculum:
 
     def state_dict(self) -> dict[str, Any]:
         allocation = getattr(self.allocation, "state_dict", dict)()
-        return {"difficulty": self.difficulty.state_dict(), "allocation": allocation, "names": self._names}
+        return {"difficulty": self.difficulty.state_dict(), "allocation": allocation, "names": list(self._index)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.difficulty.load_state_dict(state["difficulty"])
-        self._names = list(state["names"])
+        self._index = {name: place for place, name in enumerate(state["names"])}
         if state["allocation"]:
             self.allocation.load_state_dict(state["allocation"])
 
 
-def _values(rows: list[dict[str, Any]], column: str) -> list[str]:
+def _values(rows: list[dict[str, Any]], column: str, key: str) -> list[str]:
     for row in rows:
         if row.get(column) is None:
             what = "has no column" if column not in row else "is None in the column"
-            raise InputError(f"The row with the prompt {str(row.get('prompt'))[:80]!r} {what} {column!r}.")
+            raise InputError(f"{key}: the row with the prompt_id {row.get('prompt_id')!r} {what} {column!r}.")
     return [str(row[column]) for row in rows]

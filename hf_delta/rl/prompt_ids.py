@@ -10,6 +10,10 @@ from datasets import Dataset, IterableDataset
 from hf_delta.errors import InputError
 
 
+# What makes a prompt, out of TRL's columns.
+_PROMPT_COLUMNS = ("prompt", "image", "images")
+
+
 def with_prompt_ids(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """Add the column `prompt_id` where a dataset has none: the row's index, or in a stream a hash of its prompt.
 
@@ -19,7 +23,7 @@ def with_prompt_ids(dataset: Dataset | IterableDataset) -> Dataset | IterableDat
         `InputError`: an id is missing, or names two different prompts.
     """
     if isinstance(dataset, IterableDataset):
-        return dataset.map(lambda row: {"prompt_id": _prompt_hash(row["prompt"]), **row})
+        return dataset.map(lambda row: {"prompt_id": _prompt_hash(row), **row})
     if "prompt_id" in dataset.column_names:
         _check_ids(dataset)
         return dataset
@@ -45,12 +49,11 @@ def column_values(dataset: Dataset | IterableDataset, column: str, key: str) -> 
 
 def _without_gaps(dataset: Dataset, column: str, key: str) -> Sequence[Any]:
     values = dataset[column][:]
-    missing = [row for row, value in enumerate(values) if value is None or value == ""]
+    # NaN is what an empty cell of numbers becomes, and differs from itself.
+    missing = [row for row, value in enumerate(values) if value is None or value == "" or value != value]
     if missing:
-        raise InputError(
-            f"{key}: row {missing[0]} has no {column}, and so have {len(missing) - 1} more of {len(values)} rows. Fill the "
-            "column, or leave these rows out."
-        )
+        others = f", nor have {len(missing) - 1} more of {len(values)} rows" if len(missing) > 1 else ""
+        raise InputError(f"{key}: row {missing[0]} has no {column}{others}. Fill the column, or leave these rows out.")
     return values
 
 
@@ -60,7 +63,8 @@ def _check_ids(dataset: Dataset) -> None:
         return
     # A prompt may be there several times and is learnt about once; two prompts of one name would be mixed up.
     first: dict[Any, tuple[int, str]] = {}
-    for row, (prompt_id, prompt) in enumerate(zip(ids, dataset["prompt"])):
+    prompts = dataset.select_columns([name for name in _PROMPT_COLUMNS if name in dataset.column_names])
+    for row, (prompt_id, prompt) in enumerate(zip(ids, prompts)):
         digest = _prompt_hash(prompt)
         other, known = first.setdefault(prompt_id, (row, digest))
         if known != digest:
@@ -70,5 +74,14 @@ def _check_ids(dataset: Dataset) -> None:
             )
 
 
-def _prompt_hash(prompt: Any) -> str:
-    return hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def _prompt_hash(row: dict[str, Any]) -> str:
+    """Of the prompt and the images beside it."""
+    parts = [row[name] for name in _PROMPT_COLUMNS if name in row]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_as_text).encode()).hexdigest()[:16]
+
+
+def _as_text(value: Any) -> str:
+    # The text of an image is the address of the object.
+    if hasattr(value, "tobytes"):
+        return f"{getattr(value, 'size', '')} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    return hashlib.sha256(value).hexdigest() if isinstance(value, bytes) else str(value)

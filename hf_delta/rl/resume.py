@@ -49,7 +49,11 @@ class ResumableGRPO(GRPOHooks):
 
     def save_extra_state(self, checkpoint: Path) -> None:
         if self.window_is_open and self.buffered_rollouts is not None:
-            window = {"rollouts": self.buffered_rollouts, "losses": self.window_losses}
+            window = {
+                "rollouts": self.buffered_rollouts,
+                "losses": self.window_losses,
+                "log": self.completion_log(),
+            }
             save_state(checkpoint / ROLLOUTS_FILE.format(rank=self.accelerator.process_index), window)
         if self.args.should_save:
             state = {
@@ -58,7 +62,9 @@ class ResumableGRPO(GRPOHooks):
                 "settings": self._settings(),
                 "layout": self._layout(),
                 "generation": self.generation_state(),
-                "curriculum": None if self.curriculum is None else self.curriculum.state_dict(),
+                "curriculum": None
+                if self.curriculum is None
+                else state_of(self.curriculum, "rollout allocation rule"),
                 "transforms": [
                     state_of(t, f"advantage transform {transform_name(t)}") for t in self.advantage_transforms
                 ],
@@ -88,6 +94,7 @@ class ResumableGRPO(GRPOHooks):
             if self.window_is_open:
                 window = load_state(checkpoint / ROLLOUTS_FILE.format(rank=self.accelerator.process_index))
                 self.buffered_rollouts, self.window_losses = window["rollouts"], window["losses"]
+                self.load_completion_log(window["log"])
         elif state["generation"]["step"] % state["layout"]["steps_per_window"]:
             raise InputError(
                 f"{checkpoint} was saved with rollouts still to be trained on, under {state['layout']}; this run has "
@@ -99,7 +106,7 @@ class ResumableGRPO(GRPOHooks):
         return {
             "loss_type": self.args.loss_type,
             "advantage_transforms": [transform_name(t) for t in self.advantage_transforms],
-            "rollout_allocation": None if curriculum is None else getattr(self.args, "rollout_allocation", None),
+            "rollout_allocation": transform_name(curriculum.allocation) if self.single_rows else None,
             "prompt_groups": None if curriculum is None else curriculum.group_column or PASS_RATE,
         }
 
@@ -116,6 +123,8 @@ class ResumableGRPO(GRPOHooks):
             "per_device_train_batch_size": self.args.per_device_train_batch_size,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "num_generations": self.num_generations,
+            "steps_per_generation": self.args.steps_per_generation,
+            "num_iterations": self.num_iterations,
             "steps_per_window": self.steps_per_window,
         }
 

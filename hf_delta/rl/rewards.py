@@ -94,6 +94,9 @@ def _is_finite(reward: Any) -> bool:
         return False
 
 
+_ROUNDING = 1e-4
+
+
 def correct_rollouts(
     rewards: torch.Tensor,
     reward: torch.Tensor,
@@ -123,9 +126,12 @@ def correct_rollouts(
         values, what = rewards[:, names.index(judge)], f"The reward of {judge}"
     judged = ~values.isnan()
     known = values[judged]
-    if strict and threshold is None and bool(((known < 0) | (known > 1)).any()):
+    # Weighted sums of right answers miss 1 by rounding.
+    if strict and threshold is None and bool(((known < -_ROUNDING) | (known > 1 + _ROUNDING)).any()):
+        low, high = known.min().item(), known.max().item()
+        found = f"lies between {low:g} and {high:g}" if low < high else f"is {low:g}"
         raise InputError(
-            f"{what} lies between {known.min().item():g} and {known.max().item():g}, and pass rates need to know what is "
+            f"{what} {found}, and pass rates need to know what is "
             "correct. Write correct_threshold, or in correct_reward_func the name of a function that returns 0 or 1."
         )
     return judged, values > (0.5 if threshold is None else threshold)

@@ -3,6 +3,7 @@
 import inspect
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 from hf_delta.errors import InputError
@@ -15,6 +16,10 @@ def named_rule(name: str, known: Mapping[str, Any], key: str) -> Any:
     Raises:
         `InputError`: there is none, or it cannot be called.
     """
+    if not isinstance(name, str):
+        raise InputError(
+            f"{key} takes a name or a dotted path, got {name!r}; give objects to the trainer, as its {key}."
+        )
     if name not in known and "." not in name:
         raise InputError(f"{key}: there is no {name!r}. Write one of {', '.join(sorted(known))}, or a dotted path.")
     rule = known.get(name) or load_object(name, key=key)
@@ -48,7 +53,9 @@ def build(cls: type, kwargs: Mapping[str, Any], key: str) -> Any:
         signature.bind(**kwargs)
     except TypeError as error:
         takes = ", ".join(signature.parameters) or "none"
-        raise InputError(f"{key}: {error}. {cls.__name__} takes: {takes}.") from error
+        near = [near[0] for name in kwargs if (near := get_close_matches(name, signature.parameters, n=1))]
+        meant = f" Did you mean {near[0]}?" if near and near[0] not in kwargs else ""
+        raise InputError(f"{key}: {error}. {cls.__name__} takes: {takes}.{meant}") from error
     try:
         return cls(**kwargs)
     except (InputError, TypeError, ValueError) as error:

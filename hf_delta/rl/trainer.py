@@ -1,26 +1,25 @@
 """GRPO with weight rules over whole rollout batches, and with everything it knows in the checkpoint."""
 
+import inspect
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import is_peft_model
+from trl import GRPOTrainer
 
 from hf_delta._compat.trl import gather_column, gather_rows
 from hf_delta.errors import InputError
 from hf_delta.rl.advantages import group_sums, grouped_advantages, mean_surrogate_loss
-from hf_delta.rl.allocation import ALLOCATION_RULES
-from hf_delta.rl.config import DeltaGRPOConfig
-from hf_delta.rl.curriculum import PASS_RATE, Curriculum, Plan
-from hf_delta.rl.difficulty import Difficulty
+from hf_delta.rl.allocation import AllocationRule
+from hf_delta.rl.configured import Rules
+from hf_delta.rl.curriculum import Plan
 from hf_delta.rl.merged import base_weights_kept, merged_rollouts
-from hf_delta.rl.prompt_ids import column_values, with_prompt_ids
 from hf_delta.rl.resume import ResumableGRPO
 from hf_delta.rl.rewards import checked_reward, correct_rollouts
-from hf_delta.rl.rules import build_rule
-from hf_delta.rl.weights import WEIGHT_RULES, AdvantageTransform, RolloutBatch, combine_weights
-from hf_delta.rl.weights.base import OPTIONAL_FIELDS, transform_name
+from hf_delta.rl.weights import AdvantageTransform, RolloutBatch, combine_weights
 
 
 logger = logging.getLogger(__name__)
@@ -54,9 +53,11 @@ class DeltaGRPOTrainer(ResumableGRPO):
             As for [`~trl.GRPOTrainer`]. With a plain [`~trl.GRPOConfig`] the trainer behaves like TRL's.
         advantage_transforms (`Sequence[AdvantageTransform]`, *optional*):
             Weight rules as objects, in addition to those that the config names by dotted path.
+        rollout_allocation (`AllocationRule`, *optional*):
+            An allocation rule as an object, instead of one that the config names.
 
     Raises:
-        `InputError`: a reward function fails or returns what is not a reward, no reward function gives a score, every
+        `InputError`: rules and data do not fit each other, a reward function fails or returns what is not a reward, no reward function gives a score, every
         completion of the first batch is masked as truncated, a weight rule returns what is no weight, or a checkpoint
         belongs to another method, another version, or is damaged.
     """
@@ -64,73 +65,44 @@ class DeltaGRPOTrainer(ResumableGRPO):
     _tag_names = ["trl", "grpo", "hf_delta"]
     _name = "GRPO (hf_delta)"
 
-    def __init__(self, *args, advantage_transforms: Sequence[AdvantageTransform] = (), **kwargs):
+    def __init__(
+        self,
+        *args,
+        advantage_transforms: Sequence[AdvantageTransform] = (),
+        rollout_allocation: AllocationRule | None = None,
+        **kwargs,
+    ):
+        # What is wrong with rules and data is said before a model is loaded.
+        given = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        rules = Rules(given.get("args"), advantage_transforms, rollout_allocation)
+        self.advantage_transforms: list[AdvantageTransform] = rules.transforms
+        self._needs = rules.needs
+        dataset = rules.prepared(given.get("train_dataset"))
         super().__init__(*args, **kwargs)
+        # Without a dataset TRL makes one for an environment.
+        self.train_dataset = rules.prepared(self.train_dataset) if dataset is None else dataset
+        self.curriculum = rules.curriculum(self.train_dataset, self.reward_func_names)
         self.rollout_dropout = getattr(self.args, "rollout_dropout", True)
-        self.advantage_transforms: list[AdvantageTransform] = [*self._configured_transforms(), *advantage_transforms]
-        self._needs = frozenset().union(*map(_needs, self.advantage_transforms))
         if self.loss_type == "delta_l":
             # Dr.GRPO's constant denominator carries the weights: w_i * loss_i is the loss at w_i * A_i, exactly.
             self.loss_type = "dr_grpo"
             self._paper = DELTA_L_PAPER
-        self.curriculum = self._configured_curriculum()
         self.single_rows = self.curriculum is not None and self.curriculum.allocation is not None
         self.watch_losses = "losses" in self._needs
-        if self.use_vllm and getattr(self.args, "merged_rollouts", False):
-            self.around_vllm_sync(lambda: base_weights_kept(self.accelerator.unwrap_model(self.model)))
+        self._set_up_merging()
         self.reward_funcs = [checked_reward(f, n) for f, n in zip(self.reward_funcs, self.reward_func_names)]
         self._saw_rollouts = False
         self._plan: Plan | None = None
 
-    def _configured_transforms(self) -> list[AdvantageTransform]:
-        args = self.args
-        if not isinstance(args, DeltaGRPOConfig):
-            if self.loss_type == "delta_l":
-                raise InputError("loss_type delta_l needs a DeltaGRPOConfig, and args is a plain GRPOConfig.")
-            return []
-        transforms = []
-        if self.loss_type == "delta_l":
-            transforms.append(WEIGHT_RULES["delta_l"](alpha=args.delta_l_alpha, scope=args.delta_l_scope))
-        if args.prompt_weighting is not None:
-            kwargs = args.prompt_weighting_kwargs
-            transforms.append(build_rule(args.prompt_weighting, kwargs, WEIGHT_RULES, "prompt_weighting"))
-        for name in args.advantage_transforms or []:
-            kwargs = args.advantage_transform_kwargs.get(name, {})
-            transforms.append(build_rule(name, kwargs, WEIGHT_RULES, "advantage_transforms"))
-        return transforms
-
-    def _configured_curriculum(self) -> Curriculum | None:
-        """What learns about prompts, if a rule asks for groups or shares out rollouts; checks the dataset for it."""
-        allocation = getattr(self.args, "rollout_allocation", None)
-        wanted = allocation is not None or self._needs & {"groups", "losses"}
-        for key, default in (("prompt_groups", PASS_RATE), ("difficulty_kwargs", {})):
-            if not wanted and getattr(self.args, key, default) != default:
-                raise InputError(
-                    f"{key} does nothing without prompt_weighting or rollout_allocation. Write one of them, or remove {key}."
-                )
-        if not wanted and "prompt_ids" not in self._needs:
-            return None
-        if self.args.remove_unused_columns:
-            raise InputError("A weight rule needs prompt ids; remove_unused_columns: true would remove them.")
-        self.train_dataset = with_prompt_ids(self.train_dataset)
-        if not wanted:
-            return None
-        groups = getattr(self.args, "prompt_groups", PASS_RATE)
-        difficulty = Difficulty(**(getattr(self.args, "difficulty_kwargs", None) or {}))
-        names: tuple[str, ...] = ()
-        if groups != PASS_RATE:
-            names = column_values(self.train_dataset, groups, "prompt_groups")
-        if difficulty.prior_column is not None:
-            column_values(self.train_dataset, difficulty.prior_column, "difficulty_kwargs: prior_column")
-        rule = None
-        if allocation is not None:
-            kwargs = self.args.rollout_allocation_kwargs
-            rule = build_rule(allocation, kwargs, ALLOCATION_RULES, "rollout_allocation")
-        judge = getattr(self.args, "correct_reward_func", None)
-        if judge is not None and judge not in self.reward_func_names:
-            names = ", ".join(self.reward_func_names)
-            raise InputError(f"correct_reward_func: no reward function is called {judge!r}; there are {names}.")
-        return Curriculum(difficulty, groups, names, rule, getattr(self.args, "rollout_weighting", "prompt"))
+    def _set_up_merging(self) -> None:
+        if not getattr(self.args, "merged_rollouts", False):
+            return
+        if not is_peft_model(self.model):
+            logger.warning("merged_rollouts: there is no adapter to merge, so that it changes nothing.")
+        if self.rollout_func is not None and not self.use_vllm:
+            logger.warning("merged_rollouts: a rollout_func generates by itself, so that this changes nothing.")
+        if self.use_vllm:
+            self.around_vllm_sync(lambda: base_weights_kept(self.accelerator.unwrap_model(self.model)))
 
     # -- rollouts ---------------------------------------------------------------------------------------------------
     def before_rollouts(self, rows: list[dict]) -> list[dict]:
@@ -141,7 +113,7 @@ class DeltaGRPOTrainer(ResumableGRPO):
         firsts = [row for place, row in enumerate(rows) if (first + place) % self.num_generations == 0]
         if not self.single_rows:
             # Rows stay where they are, so that the other ranks need no more than the names of things.
-            firsts = [{k: row.get(k) for k in ("prompt", *self.curriculum.columns) if k in row} for row in firsts]
+            firsts = [{k: row[k] for k in self.curriculum.columns if k in row} for row in firsts]
         prompts = gather_rows(firsts)
         self._plan = self.curriculum.plan(prompts, len(rows) * self.accelerator.num_processes)
         if not self.single_rows:
@@ -224,7 +196,7 @@ class DeltaGRPOTrainer(ResumableGRPO):
             sums, counts = self.accelerator.reduce(self.window_losses, "sum").cpu().double()
             self.window_losses = None
             for transform in self.advantage_transforms:
-                if "losses" in _needs(transform):
+                if "losses" in getattr(transform, "needs", ()):
                     transform.on_losses(sums, counts)
 
     def on_eval_rollouts(self, rollouts: dict[str, Any], rows: list[dict]) -> None:
@@ -292,13 +264,3 @@ class DeltaGRPOTrainer(ResumableGRPO):
             raise InputError(f"{message} Raise max_completion_length, or write mask_truncated_completions: false.")
         # Far into a run one such batch is bad luck, and the run is worth more than the step.
         logger.warning("%s This step changes nothing.", message)
-
-
-def _needs(transform: AdvantageTransform) -> frozenset[str]:
-    needs = frozenset(getattr(transform, "needs", ()))
-    if unknown := needs - OPTIONAL_FIELDS:
-        raise InputError(
-            f"The advantage transform {transform_name(transform)} needs {', '.join(sorted(unknown))}; it can ask for "
-            f"{', '.join(sorted(OPTIONAL_FIELDS))}, and the other fields of a RolloutBatch are always there."
-        )
-    return needs

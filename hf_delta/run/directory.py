@@ -24,17 +24,6 @@ FORMAT_VERSION = 1
 # What a run leaves that ended before its first checkpoint, for example at a wrong reward: nothing that would be missed.
 _BEFORE_TRAINING = {MANIFEST, BEFORE}
 
-GDRO_KEYS = (
-    "prompt_groups",
-    "difficulty_kwargs",
-    "prompt_weighting",
-    "prompt_weighting_kwargs",
-    "rollout_allocation",
-    "rollout_allocation_kwargs",
-    "rollout_weighting",
-    "correct_threshold",
-    "correct_reward_func",
-)
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -137,10 +126,9 @@ def _method(recipe: Recipe) -> dict[str, Any]:
         "loss_type": getattr(recipe.training, "loss_type", None),
         "model_name_or_path": str(model.resolve()) if model.is_dir() else str(model),
     }
-    for key in ("delta_l_alpha", "delta_l_scope", "beta", "advantage_transforms", "advantage_transform_kwargs"):
+    keys = ("delta_l_alpha", "delta_l_scope", "beta", "advantage_transforms", "advantage_transform_kwargs")
+    for key in (*keys, "prompt_weighting", "rollout_allocation", "prompt_groups"):
         method[key] = getattr(recipe.training, key, None)
-    for key in GDRO_KEYS if getattr(recipe.training, "uses_curriculum", False) else ():
-        method[key] = getattr(recipe.training, key)
     for key, value in (recipe.values.get("peft_config") or {"method": None}).items():
         method[f"peft_config.{key}"] = value
     return method

@@ -236,6 +236,26 @@ def test_estimated_losses_have_the_right_expectation():
     assert (found - found.mean()).tolist() == pytest.approx((expected - expected.mean()).tolist(), abs=1e-12)
 
 
+def test_the_reference_of_a_group_is_the_mean_of_its_last_losses():
+    """A running mean up to 20 rounds, and from then on an average that forgets."""
+    rule, made, allowed = Exp3Controller(), batch([0] * 2, [0] * 2, 4), range(2, 7)
+    expected, generator = 0.0, torch.Generator().manual_seed(0)
+    for rounds in range(1, 41):
+        rule(made, allowed)
+        loss = torch.randint(2, (1,), generator=generator)
+        rule.update(made, allowed, torch.full((2,), 2), loss.expand(2))
+        # One right and one wrong of two: a variance of 1/2.
+        expected += (loss.item() / 2 * 4 / allowed[int(rule.drawn[0])] - expected) / min(rounds, 20)
+        assert rule.reference.item() == pytest.approx(expected)
+
+
+def test_a_prompt_that_was_solved_once_is_not_unsolved_however_faint_the_memory():
+    faint, unsolved = batch([0.2, 8.0], [16.0, 16.0], 6), batch([0.0, 8.0], [16.0, 16.0], 6)
+    rule = RolloutGDRO(exploration=1.0)
+    assert rule(unsolved).tolist() == [6, 6]
+    assert rule(faint).tolist()[0] < 6
+
+
 def test_regret_is_under_the_bound_of_exp3():
     """Losses in [0, 1] without a price: regret at most `gamma T + A eta T / 2 + log(A) / eta`, for every fixed arm."""
     rounds, arms, eta, gamma = 1000, 5, 0.05, 0.05

@@ -1,16 +1,21 @@
 """Prompt weights and rollout budgets in the trainer: against brute force, TRL's own trainer, and a run never stopped."""
 
+import math
 import re
+from functools import partial
 
 import pytest
 import torch
 import trl
 from datasets import Dataset, IterableDataset
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer
+from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer, RolloutGDRO
 from hf_delta.checkpoint import STATE_FILE, load_state
 from hf_delta.errors import InputError
+from hf_delta.rl.advantages import mean_surrogate_loss
+from hf_delta.rl.prompt_ids import with_prompt_ids
 from tests.rl.frozen import (
     GENERATIONS,
     PROMPTS,
@@ -20,7 +25,7 @@ from tests.rl.frozen import (
     frozen_reward,
     frozen_rollouts,
 )
-from tests.rl.gdro import COUNTS, GDRO, Remembering, binary_reward, frozen_groups, gdro_objective
+from tests.rl.gdro import COUNTS, GDRO, ByPromptId, Remembering, binary_reward, frozen_groups, gdro_objective
 from tests.rl.test_resume import StopAt
 from tests.rl.test_trainer import assert_identical, build, config, lora, parameters
 
@@ -254,19 +259,57 @@ def test_evaluation_is_left_alone(world, tmp_path):
     assert_same(before, trainer.curriculum.state_dict())
 
 
+class Listening(Remembering):
+    """Keeps the surrogate losses that it is told."""
+
+    def __init__(self):
+        super().__init__(signal="loss")
+        self.heard = []
+
+    def on_losses(self, sums, counts):
+        self.heard.append((sums, counts))
+
+
+def surrogate(logps, old, advantage, mask, low, high):
+    """Mean clipped surrogate loss of one sequence, in plain Python."""
+    terms = []
+    for new, before, counts in zip(logps, old, mask):
+        ratio = math.exp(new - before)
+        clipped = min(max(ratio, 1 - low), 1 + high)
+        terms += [min(ratio * advantage, clipped * advantage)] if counts else []
+    return -sum(terms) / len(terms) if terms else 0.0
+
+
+def test_surrogate_losses_by_hand():
+    generator = torch.Generator().manual_seed(0)
+    old = torch.randn(6, 5, generator=generator)
+    logps = old + torch.randn(6, 5, generator=generator)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -2.0, 1.0, 1.0])
+    mask = (torch.rand(6, 5, generator=generator) > 0.3).long()
+    mask[5] = 0
+    found = mean_surrogate_loss(logps, old, advantages, mask, 0.2, 0.3)
+    expected = [
+        surrogate(*row, 0.2, 0.3) for row in zip(logps.tolist(), old.tolist(), advantages.tolist(), mask.tolist())
+    ]
+    torch.testing.assert_close(found.tolist(), expected, rtol=1e-5, atol=1e-6)
+    ratios = (logps - old).exp()[mask.bool()]
+    assert (ratios < 0.8).any() and (ratios > 1.3).any(), "nothing was clipped"
+
+
 def test_the_loss_signal_is_the_surrogate_of_the_window(world, tmp_path):
-    """At ratio 1 it is -A; with several updates per window it is what the clipped ratios give, by a second forward pass."""
-    rule = Remembering(signal="loss")
-    heard = []
-    rule.on_losses = lambda sums, counts: heard.append((sums, counts))
+    """Two windows of 4 updates, with rows cut off and tokens of an environment: from what the loss was computed with."""
+    rule = Listening()
     args = config(
         tmp_path,
         prompt_groups="level",
+        mask_truncated_completions=True,
         per_device_train_batch_size=8,
         gradient_accumulation_steps=1,
         steps_per_generation=4,
         max_steps=8,
-        learning_rate=0.0,
+        learning_rate=1e-2,
+        epsilon=0.02,
+        epsilon_high=0.05,
         correct_threshold=1.0,
     )
     trainer = DeltaGRPOTrainer(
@@ -275,15 +318,55 @@ def test_the_loss_signal_is_the_surrogate_of_the_window(world, tmp_path):
         args,
         dataset(),
         processing_class=AutoTokenizer.from_pretrained(world),
-        rollout_func=frozen_rollouts,
+        rollout_func=partial(frozen_rollouts, fraction_truncated=0.3, with_environment=True),
         advantage_transforms=[rule],
     )
+    micro_batches, on_loss = [], trainer.on_loss
+    trainer.on_loss = lambda rows, logps: micro_batches.append((rows, logps)) or on_loss(rows, logps)
     trainer.train()
-    assert len(heard) == 2
-    for (sums, counts), (batch, _) in zip(heard, rule.seen):
-        expected = torch.zeros(2, dtype=torch.float64).index_add_(0, batch.groups, -batch.advantages.double())
-        assert counts.tolist() == [16.0, 16.0]
-        torch.testing.assert_close(sums, expected, atol=1e-5, rtol=0)
+    assert len(rule.heard) == 2 and len(micro_batches) == 8
+    for window, (sums, counts) in enumerate(rule.heard):
+        expected, present = [0.0, 0.0], [0, 0]
+        for rows, logps in micro_batches[4 * window : 4 * window + 4]:
+            mask = rows["completion_mask"] * rows["tool_mask"]
+            for i, group in enumerate(rows["difficulty_groups"].tolist()):
+                advantage = rows["plain_advantages"][i].item()
+                old = rows["old_per_token_logps"][i].tolist()
+                expected[group] += surrogate(logps[i].tolist(), old, advantage, mask[i].tolist(), 0.02, 0.05)
+                present[group] += bool(mask[i].any())
+        assert counts.tolist() == present and sum(present) < 32, "no row was cut off"
+        torch.testing.assert_close(sums.tolist(), expected, atol=1e-4, rtol=0)
+    first = micro_batches[0]
+    torch.testing.assert_close(
+        first[1] * first[0]["completion_mask"],
+        first[0]["old_per_token_logps"] * first[0]["completion_mask"],
+        atol=1e-5,
+        rtol=0,
+    )
+    assert max(abs(x) for x in rule.heard[0][0].tolist()) > 1e-3
+
+
+def test_what_is_logged(world, tmp_path):
+    """Rollouts by group and what is known, and TRL's share of prompts without a signal, on the true groups."""
+    trainer = build(
+        world,
+        tmp_path,
+        reward=hard_or_even,
+        rollout_allocation="tests.rl.gdro.ByPromptId",
+        prompt_groups="level",
+        max_steps=2,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "rollouts/max" in entry]
+    of_level = {level: [COUNTS[str(i)] for i in range(PROMPTS) if i % 2 == level] for level in (0, 1)}
+    for entry in logs:
+        for level, counts in of_level.items():
+            assert entry[f"gdro/rollouts/add{level}"] == pytest.approx(sum(counts) / len(counts))
+    assert [entry["difficulty/unseen"] for entry in logs] == [1.0, 0.0]
+    assert logs[0]["difficulty/pass_rate"] == pytest.approx(0.5) and logs[1]["difficulty/pass_rate"] < 0.45
+    # Odd prompts have two outcomes among at least 3 rollouts, even ones only one.
+    zero = sum(of_level[0]) / sum(COUNTS.values())
+    assert logs[0]["frac_reward_zero_std"] == pytest.approx(zero)
 
 
 # -- state ----------------------------------------------------------------------------------------------------------
@@ -374,7 +457,7 @@ def test_another_curriculum_is_refused_on_resume(world, tmp_path):
         ({"rollout_allocation": "gdro"}, "rollout_allocation: there is no 'gdro'. Write one of rollout_gdro"),
         (
             {"prompt_weighting": "prompt_gdro", "prompt_weighting_kwargs": {"etta": 1}},
-            "prompt_weighting_kwargs: .*'etta'.*takes: signal",
+            "prompt_weighting_kwargs: .*'etta'.*takes: signal.*Did you mean eta?",
         ),
         (
             {"prompt_weighting": "prompt_gdro", "prompt_weighting_kwargs": {"eta": -1}},
@@ -385,7 +468,12 @@ def test_another_curriculum_is_refused_on_resume(world, tmp_path):
         ({"rollout_allocation": "rollout_gdro", "rollout_allocation_kwargs": {"n_min": 5}}, "n_min is 5"),
         ({"rollout_allocation": "rollout_gdro", "rollout_allocation_kwargs": {"n_max": 3}}, "n_max is 3"),
         ({"rollout_allocation": "rollout_gdro", "rollout_weighting": "token"}, "prompt or sample, got 'token'"),
-        ({"rollout_weighting": "sample"}, "rollout_weighting does nothing without rollout_allocation"),
+        ({"prompt_weighting": "delta_l"}, "prompt_weighting: there is no 'delta_l'. Write one of prompt_gdro, or"),
+        (
+            {"prompt_weighting": "prompt_gdro", "advantage_transforms": ["prompt_gdro"]},
+            "prompt_gdro is in prompt_weighting and in advantage_transforms",
+        ),
+        ({"rollout_allocation": equal}, "give objects to the trainer, as its rollout_allocation"),
         ({"rollout_allocation": "rollout_gdro", "difficulty_kwargs": {"edge": [0.5]}}, "difficulty_kwargs: .*'edge'"),
         (
             {"prompt_weighting": "prompt_gdro", "difficulty_kwargs": {"edges": [0.5, 0.2]}},
@@ -406,10 +494,59 @@ def test_a_wrong_config_is_refused(tmp_path, changes, message):
         config(tmp_path, DeltaGRPOConfig, **changes)
 
 
-@pytest.mark.parametrize("changes", [{"prompt_groups": "level"}, {"difficulty_kwargs": {"decay": 0.5}}])
-def test_keys_of_groups_without_a_rule_for_them_are_refused(world, tmp_path, changes):
-    with pytest.raises(InputError, match=f"{next(iter(changes))} does nothing without prompt_weighting or rollout"):
+def without_groups(batch):
+    return torch.ones(len(batch))
+
+
+WITHOUT_GROUPS = "tests.rl.test_gdro.without_groups"
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"prompt_groups": "level"}, "prompt_groups does nothing without prompt_weighting or rollout_allocation"),
+        ({"difficulty_kwargs": {"decay": 0.5}}, "difficulty_kwargs does nothing without prompt_weighting or rollout"),
+        ({"rollout_weighting": "sample"}, "rollout_weighting does nothing without rollout_allocation"),
+        ({"correct_threshold": 0.3}, "correct_threshold does nothing without a rule"),
+        ({"correct_reward_func": "nobody"}, "correct_reward_func does nothing without a rule"),
+        (
+            {"prompt_groups": "level", "prompt_weighting": WITHOUT_GROUPS},
+            r"no weight rule \(tests.rl.test_gdro.without_groups\) asks for groups. .*needs = frozenset",
+        ),
+        (
+            {
+                "prompt_groups": "level",
+                "prompt_weighting": "prompt_gdro",
+                "difficulty_kwargs": {"exclude_extremes": True},
+            },
+            "difficulty_kwargs: exclude_extremes is about bins of pass rates",
+        ),
+        (
+            {"advantage_transforms": [WITHOUT_GROUPS], "correct_reward_func": "accuracy"},
+            "no reward function is called 'accuracy'; there are frozen_reward",
+        ),
+    ],
+)
+def test_keys_without_a_rule_for_them_are_refused(world, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
         build(world, tmp_path, **changes)
+
+
+def test_a_rule_may_be_an_object_and_is_checked_too(world, tmp_path):
+    trainer = DeltaGRPOTrainer(world, binary_reward, config(tmp_path), dataset(), rollout_allocation=ByPromptId())
+    trainer.train()
+    assert sorted(trainer._plan.counts.tolist()) == sorted(COUNTS.values())
+    with pytest.raises(InputError, match="n_min is 5"):
+        DeltaGRPOTrainer(world, binary_reward, config(tmp_path), dataset(), rollout_allocation=RolloutGDRO(n_min=5))
+    with pytest.raises(InputError, match="leave one out"):
+        args = config(tmp_path, rollout_allocation="rollout_gdro")
+        DeltaGRPOTrainer(world, binary_reward, args, dataset(), rollout_allocation=ByPromptId())
+
+
+def test_wrong_data_is_refused_before_a_model_is_looked_for(tmp_path):
+    args = config(tmp_path, prompt_weighting="prompt_gdro", prompt_groups="levle")
+    with pytest.raises(InputError, match="prompt_groups: the dataset has no column 'levle'"):
+        DeltaGRPOTrainer("no/such/model", binary_reward, args, dataset())
 
 
 def with_column(name, values):
@@ -428,9 +565,15 @@ def with_column(name, values):
         (
             with_column("level", ["a", None, "b", None, "a", "a", "a", "a"]),
             {"prompt_groups": "level"},
-            "prompt_groups: row 1 has no level, and so have 1 more",
+            "prompt_groups: row 1 has no level, nor have 1 more of 8 rows",
         ),
         (with_column("prompt_id", ["a", "b", "c", None, "e", "f", "g", "h"]), {}, "prompt_id: row 3 has no prompt_id"),
+        (
+            with_column("level", ["a", "", "b", "a", "a", "a", "a", "a"]),
+            {"prompt_groups": "level"},
+            "row 1 has no level",
+        ),
+        (with_column("level", [1.0, 2.0, float("nan"), *[1.0] * 5]), {"prompt_groups": "level"}, "row 2 has no level"),
         (
             with_column("prompt_id", ["a", "b", "c", "a", "e", "f", "g", "h"]),
             {},
@@ -465,6 +608,17 @@ def test_rewards_outside_of_0_and_1_need_a_threshold(world, tmp_path):
     with pytest.raises(InputError, match="lies between -1 and 1, .*Write correct_threshold"):
         build(world, tmp_path, **settings).train()
     build(world, tmp_path, correct_threshold=0.5, **settings).train()
+
+
+def test_weighted_sums_of_right_answers_miss_1_by_rounding(world, tmp_path):
+    right = [lambda completions, **kwargs: [1.0] * len(completions) for _ in range(4)]
+    for index, function in enumerate(right):
+        function.__name__ = f"right{index}"
+    trainer = build(
+        world, tmp_path, reward=right, reward_weights=[0.6, 0.1, 0.1, 0.2], rollout_allocation="rollout_gdro"
+    )
+    trainer.train()
+    assert trainer.curriculum.difficulty.estimate(["0"]).solved.item() == GENERATIONS
 
 
 def test_one_function_may_decide_what_is_correct(world, tmp_path):
@@ -504,7 +658,8 @@ def test_a_broken_allocation_rule_is_named(world, tmp_path, rule, message):
         trainer.train()
 
 
-def test_streams_have_groups_that_come_as_they_come(world, tmp_path):
+@pytest.mark.parametrize("cut", [None, 2])
+def test_streams_have_groups_that_come_as_they_come(world, tmp_path, cut):
     stream = IterableDataset.from_generator(lambda: iter(dataset(16).to_list()))
     args = config(
         tmp_path,
@@ -513,10 +668,39 @@ def test_streams_have_groups_that_come_as_they_come(world, tmp_path):
         rollout_allocation="rollout_gdro",
         max_steps=3,
         accelerator_config={"dispatch_batches": False},
+        save_strategy="steps",
+        save_steps=1,
     )
-    trainer = DeltaGRPOTrainer(world, binary_reward, args, stream)
+    trainer = DeltaGRPOTrainer(world, binary_reward, args, stream, callbacks=[StopAt(cut)])
     trainer.train()
-    assert set(trainer.curriculum.group_names) == {"add0", "add1"}
+    names = trainer.curriculum.group_names
+    assert set(names) == {"add0", "add1"}
+    if cut:
+        again = DeltaGRPOTrainer(world, binary_reward, args, stream)
+        # Groups in another order would give the weights of one to the other.
+        again.curriculum._index = {"add1": 0, "add0": 1} if names[0] == "add0" else {"add0": 0, "add1": 1}
+        again.train(resume_from_checkpoint=True)
+        assert again.curriculum.group_names == names
+
+
+def test_a_rule_that_needs_losses_must_hear_them(world, tmp_path):
+    with pytest.raises(InputError, match="needs losses and has no method on_losses"):
+        build(world, tmp_path, advantage_transforms=["tests.rl.test_gdro.WithoutEar"])
+
+
+class WithoutEar:
+    needs = frozenset({"groups", "losses"})
+
+    def __call__(self, batch):
+        return torch.ones(len(batch))
+
+
+def test_images_are_told_apart_by_what_they_show():
+    black, white = (Image.new("RGB", (2, 2), colour) for colour in ("black", "white"))
+    rows = [{"prompt": "what?", "image": image} for image in (black, white, black.copy())]
+    stream = with_prompt_ids(IterableDataset.from_generator(lambda: iter(rows)))
+    ids = [row["prompt_id"] for row in stream]
+    assert ids[0] == ids[2] != ids[1]
 
 
 # -- merged rollouts ------------------------------------------------------------------------------------------------
@@ -536,6 +720,11 @@ def test_rollouts_run_merged_and_leave_the_base_as_it_was(world, tmp_path):
     assert not any(same for _, same, _ in seen)
     assert not torch.equal(seen[2][2], before), "nothing was merged"
     assert layer.base_layer.weight is base and torch.equal(base, before) and not layer.merged_adapters
+
+
+def test_merged_rollouts_without_an_adapter_say_so(world, tmp_path, caplog):
+    build(world, tmp_path, merged_rollouts=True)
+    assert "there is no adapter to merge" in caplog.text
 
 
 def test_merged_rollouts_off_never_merges(world, tmp_path):

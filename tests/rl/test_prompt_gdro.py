@@ -358,3 +358,13 @@ def test_a_batch_without_groups_is_refused():
     assert WEIGHT_RULES["prompt_gdro"] is PromptGDROWeights
     with pytest.raises(InputError, match="needs batches with difficulty groups"):
         combine_weights([PromptGDROWeights()], batch([1, 2]))
+
+
+def test_failure_goes_by_verdicts_and_spread_by_rewards():
+    """Where one function judges, a row may have a reward and no verdict, or the reverse."""
+    made = rollouts([0, 1], [[1.0, 0.0, 0.0, 1.0], [1.0, 1.0, 0.0, 0.0]])
+    made = replace(made, judged=torch.tensor([True, True, False, False, True, True, True, True]))
+    assert group_signal(made, "failure").tolist() == [0.5, 0.5]
+    made = replace(made, judged=torch.tensor([True, False, False, False, False, False, True, True]))
+    assert group_signal(made, "failure").tolist() == [0.0, 1.0]
+    assert group_signal(made, "std").tolist() == pytest.approx([statistics.stdev([1, 0, 0, 1])] * 2)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import pandas
 import pytest
 import torch
 from torch.utils.data import RandomSampler
@@ -286,3 +287,25 @@ def test_our_files_are_there_when_trl_pushes_and_rotates(world, tmp_path, monkey
     assert len(pushed) == 3 and all(STATE_FILE in files for files in pushed)
     assert "hf_delta_rollouts_0.safetensors" in pushed[0]
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+def test_the_table_of_completions_of_an_open_window_is_the_same_after_a_stop(world, tmp_path):
+    settings = {**WINDOW, "log_completions": True, "max_steps": 3, "logging_steps": 1, "num_completions_to_print": 0}
+    build(world, tmp_path / "straight", **settings).train()
+    build(world, tmp_path / "cut", callbacks=[StopAt(1)], **settings).train()
+    build(world, tmp_path / "cut", **settings).train(resume_from_checkpoint=True)
+    names = sorted(p.name for p in (tmp_path / "straight" / "completions").glob("*.parquet"))
+    assert len(names) == 3
+    for name in names:
+        one, other = (pandas.read_parquet(tmp_path / run / "completions" / name) for run in ("straight", "cut"))
+        assert len(one) == 16
+        pandas.testing.assert_frame_equal(one, other)
+
+
+def test_another_division_of_a_window_of_the_same_length_is_refused(world, tmp_path):
+    settings = {**WINDOW, "steps_per_generation": 2, "num_iterations": 2}
+    build(world, tmp_path, callbacks=[StopAt(2)], **settings).train()
+    with pytest.raises(InputError, match="rollouts still to be trained on"):
+        build(world, tmp_path, **{**settings, "steps_per_generation": 4, "num_iterations": 1}).train(
+            resume_from_checkpoint=True
+        )

@@ -426,7 +426,9 @@ def test_a_state_that_cannot_be_saved_names_its_rule(world, tmp_path):
 
 
 def test_a_rule_that_asks_for_what_there_is_not_is_refused(world, tmp_path):
-    with pytest.raises(InputError, match="WrongNeeds needs prompt_id; it can ask for groups, logps, losses, prompt_ids"):
+    with pytest.raises(
+        InputError, match="WrongNeeds needs prompt_id; it can ask for groups, logps, losses, prompt_ids"
+    ):
         build(world, tmp_path, advantage_transforms=["tests.rl.test_trainer.WrongNeeds"])
 
 

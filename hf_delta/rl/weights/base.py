@@ -83,7 +83,8 @@ class AdvantageTransform(Protocol):
     bonus are outside it. It must be a function of the batch and of its own state only, so that every rank gets the same.
 
     A rule may also have
-        `needs` (`frozenset[str]`): optional fields of the batch it reads, out of `"prompt_ids"`, `"logps"` and `"groups"`;
+        `needs` (`frozenset[str]`): optional fields of the batch it reads, out of `"prompt_ids"`, `"logps"` and `"groups"`, or
+            `"losses"`;
         `on_losses(sums, counts)`: with `"losses"` in `needs`, called at the end of each generation window with the sum over
             sequences of their mean clipped surrogate loss per difficulty group, `(K,)` float64, and how many there were;
         `log_metrics(batch)`: numbers by name, for the log line of the step;
