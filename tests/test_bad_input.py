@@ -10,7 +10,7 @@ import shutil
 import pytest
 
 import hf_delta.train
-from hf_delta.rl.trainer import STATE_FILE
+from hf_delta.checkpoint import STATE_FILE
 from tests.running import LORA, keys, train, write
 
 
