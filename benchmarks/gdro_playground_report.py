@@ -54,6 +54,7 @@ def summary(results: dict[str, list[dict]], bases: list[dict]) -> dict:
         arms[arm] = {
             "keys": runs[0]["keys"],
             "measures": figures,
+            "levels minus GRPO": _by_level(runs, results[GRPO]),
             "curve": [[int(rollouts), float(mean)] for rollouts, mean in zip(curves[arm][0], curves[arm][1].mean(0))],
             "rollouts to GRPO's final score": reached_with_interval(*curves[arm], np.array(target)),
             "silent prompts": _silent(runs),
@@ -65,6 +66,16 @@ def summary(results: dict[str, list[dict]], bases: list[dict]) -> dict:
     base = {name: {"mean": interval(scores(bases, name))} for name in MEASURES}
     hardest = list(bases[0]["final"]["pass@1"])[-1]
     return {"seeds": [run["seed"] for run in bases], "hardest level": hardest, "base": base, "arms": arms}
+
+
+def _by_level(runs, references):
+    """pass@1 of each level minus that of other runs of the same seeds: mean and halves of 95 % and 99 % intervals."""
+    found = {}
+    for level in runs[0]["final"]["pass@1"]:
+        ours, theirs = ([run["final"]["pass@1"][level] for run in side] for side in (runs, references))
+        differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+        found[level] = [*interval(differences), interval(differences, T_99)[1]]
+    return found
 
 
 def _curves(runs, bases):
@@ -133,7 +144,7 @@ def _mean_curriculum(runs):
 def markdown(found: dict) -> str:
     names = list(MEASURES)
     tables = [_scores_table(found, pair) for pair in (names[:2], names[2:4], names[4:])]
-    return "\n\n".join([*tables, _cost_table(found)])
+    return "\n\n".join([*tables, _levels_table(found), _cost_table(found)])
 
 
 def _scores_table(found, names):
@@ -148,6 +159,16 @@ def _scores_table(found, names):
             cells.append(_number(measured["mean"]))
             cells += [_number(measured[r], sign="+") if r in measured else "" for r in references]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _levels_table(found):
+    levels = list(found["arms"][GRPO]["levels minus GRPO"])
+    lines = [f"| pass@1 minus GRPO | {' | '.join(levels)} |", "|---" * (len(levels) + 1) + "|"]
+    for arm, figures in found["arms"].items():
+        if arm != GRPO:
+            cells = [_number(figure, sign="+") for figure in figures["levels minus GRPO"].values()]
+            lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

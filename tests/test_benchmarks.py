@@ -170,7 +170,11 @@ def test_group_dro_on_the_playground_compares_equal_budgets(monkeypatch, tmp_pat
     choice, settings = found["choice"], module.settings
     for kind, variants in (("prompt", settings.PROMPT_VARIANTS), ("rollout", settings.ROLLOUT_VARIANTS)):
         assert choice["means"][choice[kind]] == max(choice["means"][name] for name in variants)
-    assert arms["bin balancing"]["keys"]["prompt_weighting_kwargs"]["eta"] == 0.0
+    balancing = arms["bin balancing"]["keys"]["prompt_weighting_kwargs"]
+    assert (balancing["weights"], balancing["eta"]) == ("objective", 0.0)
+    mean_one = settings.final_arms(choice | {"prompt": "failure, mean_one, 3, bins"})
+    expected = {"signal": "failure", "weights": "objective", "eta": 0.0}
+    assert mean_one["bin balancing"]["prompt_weighting_kwargs"] == expected
     assert arms["both and ΔL"]["keys"] == {
         **settings.ROLLOUT_VARIANTS[choice["rollout"]],
         **settings.PROMPT_VARIANTS[choice["prompt"]],
@@ -191,6 +195,12 @@ def test_group_dro_on_the_playground_compares_equal_budgets(monkeypatch, tmp_pat
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()} == written
     with pytest.raises(SystemExit, match="other settings"):
         module.main([*arguments, "--family", "faulty_table"])
+
+    report = str(tmp_path / "report" / "gdro_playground.json")
+    load("gdro_playground_contrasts").main([report, report])
+    # The same seed twice: whatever the differences, their intervals are 0 wide.
+    rows = [line for line in capsys.readouterr().out.splitlines() if " ± " in line]
+    assert len(rows) == 5 and all(row.count(" ± 0.000") == 4 for row in rows)
 
 
 @pytest.mark.slow
