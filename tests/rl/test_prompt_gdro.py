@@ -126,7 +126,7 @@ def test_weights_are_those_of_the_formulas(signal, form, eta, gamma, beta, cap, 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_weighted_mean_loss_is_the_objective_of_group_dro(seed):
     """With the weights on, the mean loss of a batch is `sum_b q_b mean_b`, `mean_b` the mean over the prompts of a group."""
-    rule = PromptGDROWeights(max_weight=1e9)
+    rule = PromptGDROWeights(eta=3.0, max_weight=1e9)
     rule(before := random_rollouts(100 + seed))
     seen = random_rollouts(seed)
     weights, groups, rows = rule(seen), seen.groups, seen.row_weights

@@ -155,7 +155,7 @@ class PromptGDROWeights:
         weights (`str`, *optional*, defaults to `"objective"`):
             `"objective"`: [`objective_weights`]; `"mean_one"`: [`mean_one_weights`], as in the paper's released code;
             `"unnormalised"`: [`unnormalised_weights`], as in its text, which use neither `q` nor `gamma`.
-        eta (`float`, *optional*, defaults to `3.0`):
+        eta (`float`, *optional*, defaults to `0.65`):
             Strength of the adversary per unit of score, at least 0. With `"objective"`, 0 is pure balancing: every group
             in the batch counts the same.
         gamma (`float`, *optional*, defaults to `0.01`):
@@ -176,7 +176,7 @@ class PromptGDROWeights:
         self,
         signal: str = "failure",
         weights: str = "objective",
-        eta: float = 3.0,
+        eta: float = 0.65,
         gamma: float = 0.01,
         beta: float | None = 0.12,
         max_weight: float = 15.0,
