@@ -44,6 +44,8 @@ def test_shares_of_a_step_add_up(playground, tmp_path, name):
     forwards, (total, seconds) = module.profiled(name, playground, tmp_path, steps=2)
     assert (seconds["on_loss (surrogate losses)"] > 0) == (name == "everything")
     assert forwards > 2 and all(value >= 0 for value in seconds.values())
+    plain, inside = module.timed(name, playground, tmp_path / "plain", steps=2)
+    assert 0 < sum(inside.values()) < plain and (inside["on_loss"] > 0) == (name == "everything")
     # All of ours together is inside the one call of `train`, which must be counted once.
     assert 0 < sum(seconds.values()) < total
     import cProfile
