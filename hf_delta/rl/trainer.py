@@ -57,9 +57,9 @@ class DeltaGRPOTrainer(ResumableGRPO):
             An allocation rule as an object, instead of one that the config names.
 
     Raises:
-        `InputError`: rules and data do not fit each other, a reward function fails or returns what is not a reward, no reward function gives a score, every
-        completion of the first batch is masked as truncated, a weight rule returns what is no weight, or a checkpoint
-        belongs to another method, another version, or is damaged.
+        `InputError`: rules and data do not fit each other, a reward function fails or returns what is not a reward, no
+        reward function gives a score, every completion of the first batch is masked as truncated, a weight rule returns
+        what is no weight, or a checkpoint belongs to another method, another version, or is damaged.
     """
 
     _tag_names = ["trl", "grpo", "hf_delta"]
