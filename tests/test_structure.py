@@ -26,6 +26,9 @@ FUNCTIONS = [
     "rl/allocation",
     "evaluation/estimates.py",
     "ops",
+    "ids.py",
+    "preference/lists.py",
+    "preference/feasible.py",
     *(path.relative_to(PACKAGE).as_posix() for path in sorted(PACKAGE.glob("adapters/*/functions.py"))),
     "adapters/bone/additive.py",
     "adapters/bone/bat.py",
@@ -34,7 +37,7 @@ FUNCTIONS = [
 # Rooms from the ground up: a module may import from its own floor and from those before it.
 FLOORS = [
     ["errors.py", "__init__.py", "_compat/__init__.py", "_compat/imports.py", "_compat/versions.py"],
-    ["imports.py", "checkpoint.py", "ops", "_compat"],
+    ["imports.py", "checkpoint.py", "ids.py", "ops", "_compat"],
     ["adapters/base"],
     ["adapters/bone", "adapters/dora", "adapters/edora", "adapters/pmss"],
     ["adapters"],
