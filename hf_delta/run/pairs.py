@@ -1,6 +1,7 @@
 """The command `hf-delta pairs`."""
 
 import argparse
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.markup import escape
@@ -37,10 +38,11 @@ def pairs(arguments: argparse.Namespace) -> None:
         Console(highlight=False, soft_wrap=True).print("Accuracy was not measured: no --reward.")
 
 
-def _columns(reward, prompts: str) -> tuple[str, ...]:
+def _columns(reward: Callable, prompts: str) -> tuple[str, ...]:
     rows = json_rows(prompts, "The file of prompts")
     there = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
-    return tuple(columns_needed(reward, list(there)))
+    # Without any column there is something worse to say about the file.
+    return tuple(columns_needed(reward, list(there))) if there else ()
 
 
 def _report(built: Built) -> None:
