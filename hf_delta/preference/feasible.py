@@ -59,15 +59,18 @@ def tail_report(losses: torch.Tensor, epsilon: float, tail: float = 0.1) -> dict
         `tail N` samples, the last of which counts in part where `tail N` is not whole. Empty without samples.
     """
     _check("tail", tail, "a share in (0, 1]", lambda x: 0 < x <= 1)
-    losses = losses.detach().cpu().double()
+    losses = losses.detach().cpu()
     if not len(losses):
         return {}
+    # Before they are widened: 0.3 in float32 is more than 0.3.
+    satisfied = (losses <= epsilon).double().mean().item()
+    losses = losses.double()
     worst = losses.sort(descending=True).values
     share = torch.clamp(tail * len(losses) - torch.arange(len(losses), dtype=torch.float64), 0, 1)
     # What has no share is left out and not multiplied by 0: an infinite loss may stand in either part.
     worst, share = worst[share > 0], share[share > 0]
     return {
-        "satisfied": (losses <= epsilon).double().mean().item(),
+        "satisfied": satisfied,
         "loss_mean": losses.mean().item(),
         "loss_max": losses.max().item(),
         "loss_cvar": ((worst * share).sum() / share.sum()).item(),
@@ -169,8 +172,10 @@ class Multipliers:
         Returns:
             `dict`: also `samples`, `multiplier_mean`, `multiplier_max` and `multiplier_zero` (share). Empty without samples.
         """
-        multipliers, losses = torch.from_numpy(self._values[: len(self)]).T
-        report = tail_report(losses, self.epsilon, tail)
+        # In order of keys: a sum then is the same after a resume.
+        state = self.state_dict()
+        multipliers = state["multipliers"]
+        report = tail_report(state["losses"], self.epsilon, tail)
         if report:
             report |= {
                 "samples": float(len(self)),
