@@ -144,3 +144,16 @@ def test_merged_rollouts_cost_one_copy_and_no_drift(monkeypatch, tmp_path, capsy
     assert all(set(row["kept"].values()) == {0} for row in found["drift"].values())
     assert found["drift"]["LoRA"]["trl"]["100"] > 1e-3 and found["drift"]["Bone"]["trl"]["100"] == 0
     assert capsys.readouterr().out.count("\n|") == len(module.METHODS) + len(module.DRIFTING) + 4
+
+
+@pytest.mark.slow
+def test_table_of_token_kl_has_every_row(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = load("token_kl")
+    module.main(["--rounds", "1", "--vocabularies", "8192", "--step-vocabulary", "8192", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "token_kl.json").read_text())
+    assert len(rows) == 4 * len(module.PEERS) + 2
+    peaks = {row["case"]: row["peak"] for row in rows if row["what"] == "log-probabilities, frozen head"}
+    # At a vocabulary this small the tile is an eighth of the logits.
+    assert peaks["ours"] < 0.25 < peaks["full logits"] == 1 < peaks["TRL's kernels"]
+    assert capsys.readouterr().out.count("\n|") == len(rows) + 1
