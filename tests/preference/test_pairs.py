@@ -30,8 +30,8 @@ from hf_delta.preference.pairs.partial import Response
 
 NEW = 12
 ROWS = [{"prompt": f"{7 * i}+{i}:" * (1 + i % 3), "answer": str(8 * i), "level": f"add{i % 2}"} for i in range(9)]
-# The last one is a conversation.
-ROWS += [{"prompt": [{"role": "user", "content": "5+6:"}], "answer": "11", "level": "add1", "prompt_id": "chat"}]
+ROWS += [{"prompt": "5+6:", "answer": "11", "level": "add1", "prompt_id": "own"}]
+CHAT = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS[:3]]
 
 
 def save_model(path, seed, tokenizer):
@@ -60,7 +60,9 @@ def world(tmp_path_factory):
     )
     adapter.save_pretrained(folder / "adapter")
     write(folder / "prompts.jsonl", ROWS)
+    write(folder / "chat_prompts.jsonl", CHAT)
     assert command(folder, "straight.jsonl") == 0
+    assert command(folder, "chat.jsonl", prompts=folder / "chat_prompts.jsonl") == 0
     return folder
 
 
@@ -107,22 +109,23 @@ def text(reply):
 
 
 # -- answers --------------------------------------------------------------------------------------------------------
-def test_answers_are_those_of_generate_one_by_one(world):
-    pairs = {row["prompt_id"]: row for row in read(world / "straight.jsonl")}
-    names = [row.get("prompt_id", str(number)) for number, row in enumerate(ROWS, start=1)]
-    expected = {
-        name: (greedy(world / "strong", row["prompt"]), greedy(world / "weak", row["prompt"]))
-        for name, row in zip(names, ROWS)
-    }
-    kept = [name for name in names if all(t.strip() for t in expected[name]) and len({*expected[name]}) == 2]
-    assert list(pairs) == kept and len(kept) >= 8
-    for row, name in zip(ROWS, names):
-        if name in pairs:
+@pytest.mark.parametrize(("file", "rows"), [("straight.jsonl", ROWS), ("chat.jsonl", CHAT)])
+def test_answers_are_those_of_generate_one_by_one(world, file, rows):
+    pairs = {row["prompt_id"]: row for row in read(world / file)}
+    kept = []
+    for number, row in enumerate(rows, start=1):
+        name = row.get("prompt_id", str(number))
+        expected = [greedy(world / model, row["prompt"]) for model in ("strong", "weak")]
+        if all(answer.strip() for answer in expected) and expected[0] != expected[1]:
+            kept.append(name)
             pair = pairs[name]
-            assert (text(pair["chosen"]), text(pair["rejected"])) == expected[name]
+            assert [text(pair["chosen"]), text(pair["rejected"])] == expected
+            assert isinstance(pair["chosen"], type(row["prompt"])) and isinstance(
+                pair["rejected"], type(row["prompt"])
+            )
             assert {key: pair[key] for key in row} == row
             assert list(pair)[:3] == ["prompt", "chosen", "rejected"]
-    assert pairs["chat"]["chosen"][0]["role"] == "assistant"
+    assert list(pairs) == kept and len(kept) >= len(rows) - 2
 
 
 def test_an_adapter_answers_with_its_base(world):
@@ -376,9 +379,8 @@ def test_without_a_prompt_the_first_token_is_left_out(world):
 
 def test_tokens_are_those_of_trl(world, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(world / "student")
-    rows = read(world / "straight.jsonl")
-    for kind in (str, list):
-        of_kind = [row for row in rows if isinstance(row["prompt"], kind)][:3]
+    for file in ("straight.jsonl", "chat.jsonl"):
+        of_kind = read(world / file)[:3]
         trainer = DPOTrainer(
             str(world / "student"),
             args=DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=None),
@@ -442,6 +444,7 @@ def refused(world, folder, capsys, said, **changes):
             [{**GOOD, "prompt_id": 1}, {"prompt": "2", "answer": "2", "prompt_id": "1"}],
             "row 2: prompt_id '1' is that of row 1 too",
         ),
+        ([GOOD, CHAT[0]], "row 2: `prompt` is a list of messages, and in row 1 it is text"),
         ([GOOD, {"prompt": "2+2:"}], "prompt_id '2': no `answer`, which --reward playground_reward needs"),
         ([{"prompt": "2+2:"}], "needs the column 'answer'"),
         ([{**GOOD, "prompt": "1" * 300}], "the model 256 positions: leave out such prompts"),

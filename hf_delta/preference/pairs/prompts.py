@@ -20,14 +20,19 @@ def load_prompts(path: str | Path) -> tuple[list[dict[str, Any]], int]:
     others stay.
 
     Raises:
-        InputError: if the file cannot be read or holds no row, or a row has no prompt, text that is not Unicode, or the
-            `prompt_id` of another prompt.
+        InputError: if the file cannot be read or holds no row, or a row has no prompt, text that is not Unicode, the
+            `prompt_id` of another prompt, or a conversation where the first has text.
     """
     rows: dict[str, dict[str, Any]] = {}
     numbers: dict[str, int] = {}
     repeated = 0
     for number, content in enumerate(json_rows(path, "The file of prompts"), start=1):
         row = _checked(content, number, str(path))
+        first = next(iter(rows.values()), row)
+        if isinstance(row["prompt"], str) != isinstance(first["prompt"], str):
+            kinds = ("text", "a list of messages")
+            here, there = kinds if isinstance(row["prompt"], str) else kinds[::-1]
+            raise InputError(f"{path}, row {number}: `prompt` is {here}, and in row 1 it is {there}: write all alike.")
         name = row["prompt_id"]
         if name not in rows:
             rows[name], numbers[name] = row, number
