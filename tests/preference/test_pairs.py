@@ -211,8 +211,10 @@ def test_a_run_that_was_killed_goes_on_to_the_same_bytes(world, tmp_path, monkey
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists() and rest.read_bytes().count(b"\n") == 6 and rest.read_bytes().endswith(b"half a li")
     loaded = spy_on_loading(monkeypatch)
+    # Ended again, before the pairs are written: what follows the half line must be readable too.
+    begun(world, tmp_path, monkeypatch)
     assert main(flags(world, "", out=out)) == 0
-    assert [path.name for path in loaded] == ["weak", "student"]
+    assert [path.name for path in loaded] == ["weak", "student", "student"]
     assert out.read_bytes() == (world / "straight.jsonl").read_bytes()
     provenance = (tmp_path / "pairs.provenance.json").read_bytes()
     assert provenance == (world / "straight.provenance.json").read_bytes()
