@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_eval(commands)
     _add_export(commands)
+    _add_pairs(commands)
 
     plot = _command(commands, "plot", _plot, "draw the curves of a run")
     plot.add_argument("run_dir", help="output_dir of a run")
@@ -114,6 +115,23 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--bnb-4bit-quant-type", default="nf4", choices=["nf4", "fp4"], help="(default: %(default)s)")
     parser.add_argument("--use-bnb-nested-quant", action="store_true", help="the scales were quantised too")
+
+
+def _add_pairs(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "pairs", _pairs, "make preference pairs of the answers of two models, for DPO")
+    parser.add_argument(
+        "--strong", required=True, help="model whose answers are chosen: a directory or hub id, or an adapter"
+    )
+    parser.add_argument("--weak", required=True, help="model whose answers are rejected")
+    parser.add_argument("--prompts", required=True, help="JSON lines with prompt; other columns are carried over")
+    parser.add_argument(
+        "--out", required=True, help="JSON lines to write; the same command continues an unfinished one"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=2048, help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="answers at a time (default: %(default)s)")
+    parser.add_argument("--reward", help="reward function that judges the answers by `answer`, as in a recipe")
+    parser.add_argument("--student", help="model to be trained: how likely does it find the answers?")
+    parser.add_argument("--device", help="(default: cuda if there is one, else cpu)")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -183,6 +201,12 @@ def _export(arguments: argparse.Namespace) -> None:
     from hf_delta.run.export import export
 
     export(arguments)
+
+
+def _pairs(arguments: argparse.Namespace) -> None:
+    from hf_delta.run.pairs import pairs
+
+    pairs(arguments)
 
 
 def _report_path(arguments: argparse.Namespace) -> Path:

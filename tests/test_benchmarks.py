@@ -235,3 +235,16 @@ def test_group_dro_on_the_family_with_graded_rewards(monkeypatch, tmp_path):
     assert content["curriculum"]["levels"] == [f"sum{digits}" for digits in range(1, 7)]
     assert content["settings"]["task"] == "faulty_table"
     assert [sum(step) for step in content["curriculum"]["correct"]] == [32, 32]
+
+
+@pytest.mark.slow
+def test_table_of_token_kl_has_every_row(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = load("token_kl")
+    module.main(["--rounds", "1", "--vocabularies", "8192", "--step-vocabulary", "8192", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "token_kl.json").read_text())
+    assert len(rows) == 4 * len(module.PEERS) + 2
+    peaks = {row["case"]: row["peak"] for row in rows if row["what"] == "log-probabilities, frozen head"}
+    # At a vocabulary this small the tile is an eighth of the logits.
+    assert peaks["ours"] < 0.25 < peaks["full logits"] == 1 < peaks["TRL's kernels"]
+    assert capsys.readouterr().out.count("\n|") == len(rows) + 1

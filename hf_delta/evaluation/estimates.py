@@ -4,6 +4,7 @@ Problems are a random sample of a level; completions are a random sample of what
 are for the mean over all problems of that kind, so both sources of chance count.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -73,6 +74,20 @@ def mean_estimate(values: ArrayLike) -> Estimate:
         variance = values.var(ddof=1) / len(values)
         effective = mean * (1 - mean) / variance * (_Z / _student_t(len(values) - 1)) ** 2
     return _wilson(mean, effective)
+
+
+def unbounded_mean_estimate(values: ArrayLike) -> Estimate:
+    """Mean of values of any size with Student's interval, `m +- t_{P-1} s / sqrt(P)`; infinite for a single value.
+
+    Args:
+        values (array of `float`, `(P,)`): for instance lengths, or differences of a pair.
+    """
+    values = np.asarray(values, dtype=float)
+    mean = float(values.mean())
+    if len(values) < 2:
+        return Estimate(mean, -math.inf, math.inf)
+    half = _student_t(len(values) - 1) * float(values.std(ddof=1)) / len(values) ** 0.5
+    return Estimate(mean, mean - half, mean + half)
 
 
 def difference_estimate(before: ArrayLike, after: ArrayLike) -> Estimate:

@@ -28,10 +28,9 @@ def load_model_and_tokenizer(
     Raises:
         InputError: if something is missing, cannot be loaded, or both arguments are adapters.
     """
-    base, adapter = _base_and_adapter(model, adapter)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
-    tokenizer = _load(AutoTokenizer, adapter if has_tokenizer else base, "tokenizer")
+    base, adapter = base_and_adapter(model, adapter)
+    device = device or default_device()
+    tokenizer = load_tokenizer(base, adapter)
     network = _load(AutoModelForCausalLM, base, "model")
     if adapter is not None:
         if len(tokenizer) > network.get_input_embeddings().num_embeddings:
@@ -50,7 +49,24 @@ def load_model_and_tokenizer(
         raise InputError(f"The model does not go to device {device!r}: {error}") from error
 
 
-def _base_and_adapter(model: str | Path, adapter: str | Path | None) -> tuple[str, Path | None]:
+def load_tokenizer(model: str | Path, adapter: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer that [`load_model_and_tokenizer`] gives, for the same arguments and with the same errors."""
+    base, adapter = base_and_adapter(model, adapter)
+    has_tokenizer = adapter is not None and (adapter / "tokenizer_config.json").is_file()
+    return _load(AutoTokenizer, adapter if has_tokenizer else base, "tokenizer")
+
+
+def default_device() -> str:
+    """Where a model goes if nobody says where."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def base_and_adapter(model: str | Path, adapter: str | Path | None = None) -> tuple[str, Path | None]:
+    """Directory or hub name of the base model, and directory of the adapter if there is one.
+
+    Raises:
+        InputError: if the adapter is none, both arguments are adapters, or an adapter names no base.
+    """
     config = Path(model) / "adapter_config.json"
     # A directory of a model and its adapter counts as the model, as in transformers.
     is_adapter = config.is_file() and not (Path(model) / "config.json").is_file()

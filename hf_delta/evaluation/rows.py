@@ -19,20 +19,34 @@ def load_rows(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         InputError: if the file is missing, holds no row, or a line is not a JSON object or not a problem.
     """
+    return checked_rows(json_rows(path, "Evaluation data"), str(path))
+
+
+def json_rows(path: str | Path, what: str) -> list[Any]:
+    """What stands on each line of a JSON lines file that is not blank.
+
+    Args:
+        path (`str` or `Path`): the file.
+        what (`str`): what to call it in messages.
+
+    Raises:
+        InputError: if the file cannot be read, or a line is not JSON (NaN and infinities are not).
+    """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON strings may hold U+2028 and other ends of lines.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"Evaluation data {path} cannot be read ({error}). Give a JSON lines file.") from error
+        raise InputError(f"{what} {path} cannot be read ({error}). Give a JSON lines file.") from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            rows.append(json.loads(line, parse_constant=_refuse_constant))
+        except ValueError as error:
             raise InputError(f"{path}, row {number}: not JSON ({error}). Each line is one JSON object.") from error
-    return checked_rows(rows, str(path))
+    return rows
 
 
 def checked_rows(rows: Iterable[dict[str, Any]], source: str = "the evaluation data") -> list[dict[str, Any]]:
@@ -48,7 +62,7 @@ def checked_rows(rows: Iterable[dict[str, Any]], source: str = "the evaluation d
     Raises:
         InputError: if there is no row, or a row lacks something, or an identifier occurs twice.
     """
-    rows = [_checked_row(row, number, source) for number, row in enumerate(rows, start=1)]
+    rows = [checked_row(row, number, source) for number, row in enumerate(rows, start=1)]
     if not rows:
         raise InputError(f"{source} holds no rows: there is nothing to evaluate.")
     levelled = [row.get("level") is not None for row in rows]
@@ -84,10 +98,15 @@ def natural_key(level: str) -> list[tuple[bool, int, str]]:
     ]
 
 
-def _checked_row(row: Any, number: int, source: str) -> dict[str, Any]:
+def checked_row(row: Any, number: int, source: str, keys: Iterable[str] = ("prompt", "answer")) -> dict[str, Any]:
+    """A copy of a row that is a JSON object in which `keys` are filled and `prompt` is text or a list of messages.
+
+    Raises:
+        InputError: with source and number, if it is not so.
+    """
     if not isinstance(row, dict):
         raise InputError(f"{source}, row {number}: a {type(row).__name__} where a JSON object should be.")
-    for key in ("prompt", "answer"):
+    for key in keys:
         value = row.get(key)
         if (
             value is None
@@ -102,3 +121,7 @@ def _checked_row(row: Any, number: int, source: str) -> dict[str, Any]:
             f"{source}, row {number}: `prompt` must be a string or a list of messages with role and content."
         )
     return dict(row)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number in JSON")

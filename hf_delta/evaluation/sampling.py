@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from hf_delta.errors import InputError
 
@@ -78,11 +84,19 @@ def complete(
         tokenizer: to turn tokens into text.
         prompts (`list[list[int]]`, of length B): tokens; padded on the left here.
         config: from [`sampling_config`].
+
+    Raises:
+        InputError: if the model computes NaN.
     """
     longest = max(map(len, prompts))
     input_ids = torch.tensor([[config.pad_token_id] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=config)
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=mask,
+        generation_config=config,
+        logits_processor=LogitsProcessorList([_RefuseNaN()]),
+    )
     ids, truncated = [], []
     ends = set(config.eos_token_id)
     for row in output[:, longest:].tolist():
@@ -91,6 +105,17 @@ def complete(
         ids.append(row[:length])
         truncated.append(length is None)
     return Completions(ids, tokenizer.batch_decode(ids, skip_special_tokens=True), truncated)
+
+
+class _RefuseNaN(LogitsProcessor):
+    """Greedy decoding would take a NaN for the most likely token, and write nonsense without a word."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if scores.isnan().any():
+            raise InputError(
+                "The model computes NaN: its weights are damaged, or overflow in this dtype or on this device."
+            )
+        return scores
 
 
 @contextmanager

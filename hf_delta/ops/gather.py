@@ -32,6 +32,29 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach()
 
 
+def whole(tensor: torch.Tensor | None, trained: bool) -> torch.Tensor | None:
+    """A `DTensor` in one piece, from which gradients find their way back if it is `trained`; all else as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.full_tensor() if trained and tensor.requires_grad else full_tensor(tensor)
+
+
+@contextmanager
+def gathered(*tensors: torch.Tensor | None) -> Iterator[None]:
+    """Parameters that DeepSpeed ZeRO-3 has partitioned, whole for a while and for reading; others, and `None`, as they are.
+
+    Collective where a parameter is partitioned.
+    """
+    partitioned = {id(t): t for t in tensors if t is not None and hasattr(t, "ds_id") and is_sharded(t)}
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(partitioned.values())):
+        yield
+
+
 def frozen_parameter(tensor: torch.Tensor, like: torch.Tensor) -> nn.Parameter:
     """A parameter that takes no gradient unless `like` does, with its dtype and device."""
     return nn.Parameter(tensor.to(like.device, like.dtype), requires_grad=like.requires_grad)

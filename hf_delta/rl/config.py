@@ -8,9 +8,9 @@ from hf_delta._compat.trl import GRPO_LOSS_TYPES
 from hf_delta.errors import InputError
 from hf_delta.rl.allocation import ALLOCATION_RULES, AllocationRule
 from hf_delta.rl.difficulty import Difficulty
-from hf_delta.rl.rules import as_dict, build, build_rule, named_rule
 from hf_delta.rl.weights import WEIGHT_RULES
 from hf_delta.rl.weights.base import transform_name
+from hf_delta.rules import as_dict, build, build_rule, named_rule
 
 
 # What `prompt_weighting` takes by name: the weight rules over groups of prompts.

@@ -11,9 +11,9 @@ from hf_delta.rl.config import GROUP_RULES, DeltaGRPOConfig, check_budget, check
 from hf_delta.rl.curriculum import PASS_RATE, Curriculum
 from hf_delta.rl.difficulty import Difficulty
 from hf_delta.rl.prompt_ids import column_values, with_prompt_ids
-from hf_delta.rl.rules import build, build_rule
 from hf_delta.rl.weights import WEIGHT_RULES, AdvantageTransform
 from hf_delta.rl.weights.base import OPTIONAL_FIELDS, transform_name
+from hf_delta.rules import build, build_rule
 
 
 # Keys of `difficulty_kwargs` that are about bins of pass rates.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hf_delta.rl.difficulty.table import KeyTable, with_room
+from hf_delta.ids import KeyTable, with_room
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from hf_delta.errors import InputError
+from hf_delta.ids import digests
 from hf_delta.rl.difficulty import state as state_format
 from hf_delta.rl.difficulty.bins import PassRateBins
 from hf_delta.rl.difficulty.counts import Counts, Window
 from hf_delta.rl.difficulty.rates import PassRates
 from hf_delta.rl.difficulty.settings import checked_forgetting, checked_prior
-from hf_delta.rl.difficulty.table import digests
 from hf_delta.rl.difficulty.visits import merged_visits, right_and_wrong
 
 

@@ -1,0 +1,191 @@
+"""Log-probabilities and exact token KL from hidden states: time and peak bytes of ours, of all logits, and of TRL's kernels.
+
+    python benchmarks/token_kl.py --out docs/preference
+
+512 completion rows of width 256, float32, forward and backward passes, and one step of DPO with LoRA on a small Qwen3
+whose rows are half prompt. CPU time of one thread in interleaved rounds; peaks as the allocator sees them. Everything is
+a ratio to all logits at once, or for the step to TRL's `DPOTrainer`.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from timing import Case, interleaved, peak_bytes, ratio
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from hf_delta._compat.kernels import head_arguments, trl_logps_and_kl
+from hf_delta.ops.token_kl import TokenScores, masked_token_scores, token_logps_and_kl
+
+
+ROWS, WIDTH = 512, 256
+VOCABULARIES = (32_768, 131_072)
+# Sequences (chosen, then rejected) and tokens of each, of which one half is the prompt.
+SEQUENCES, TOKENS = 8, 65
+BETA = 0.1
+
+
+def full_logits(hidden, head_weight, targets, *, ref_hidden=None) -> TokenScores:
+    """All logits at once, as one writes it down."""
+    policy = (hidden @ head_weight.T).log_softmax(-1)
+    logps = policy.gather(1, targets[:, None]).squeeze(1)
+    if ref_hidden is None:
+        return TokenScores(logps)
+    with torch.no_grad():
+        reference = (ref_hidden @ head_weight.T).log_softmax(-1)
+        ref_logps = reference.gather(1, targets[:, None]).squeeze(1)
+    return TokenScores(logps, ref_logps, (reference.exp() * (reference - policy)).sum(1))
+
+
+PEERS: dict[str, Callable[..., TokenScores]] = {
+    "full logits": full_logits,
+    "TRL's kernels": trl_logps_and_kl,
+    "ours": token_logps_and_kl,
+}
+
+
+def kernel_case(compute, vocabulary: int, kl: bool, trained: bool) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    hidden, head = draw(ROWS, WIDTH).requires_grad_(), (0.05 * draw(vocabulary, WIDTH)).requires_grad_(trained)
+    reference = hidden.detach() + 0.1 * draw(ROWS, WIDTH)
+    targets = torch.randint(vocabulary, (ROWS,), generator=generator)
+
+    def run():
+        found = compute(hidden, head, targets, ref_hidden=reference if kl else None)
+        (found.logps.sum() + (found.kl.square().sum() if kl else 0)).backward()
+
+    def after():
+        hidden.grad = head.grad = None
+
+    return Case(run, after, after)
+
+
+# -- a step of DPO -------------------------------------------------------------------------------------------------------
+def dpo_trainer(vocabulary: int, folder: str) -> DPOTrainer:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+    )
+    words = {"<pad>": 0, "<eos>": 1, "a": 2, "b": 3}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    arguments = DPOConfig(
+        folder, beta=BETA, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True
+    )
+    return DPOTrainer(
+        Qwen3ForCausalLM(config),
+        args=arguments,
+        train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " a b", "rejected": " b a"}] * 2),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
+        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+def rows_of_dpo(vocabulary: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    tokens = torch.randint(vocabulary, (SEQUENCES, TOKENS))
+    completion = (torch.arange(TOKENS) > TOKENS // 2).long().expand_as(tokens)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "completion_mask": completion}
+
+
+def chunked_loss(model, rows: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss of `DPOTrainer`, from hidden states of the same model, by our function."""
+    head, mask, targets = head_arguments(model), rows["completion_mask"][:, 1:], rows["input_ids"][:, 1:]
+
+    def scores():
+        arguments = {name: rows[name] for name in ("input_ids", "attention_mask")}
+        hidden = model.get_base_model().base_model(**arguments, use_cache=False).last_hidden_state
+        return masked_token_scores(hidden[:, :-1], targets=targets, mask=mask, **head).logps.sum(1)
+
+    with torch.no_grad(), model.disable_adapter():
+        reference = scores()
+    chosen, rejected = (scores() - reference).chunk(2)
+    return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def step_cases(vocabulary: int, folder: str) -> dict[str, Case]:
+    trainer, rows = dpo_trainer(vocabulary, folder), rows_of_dpo(vocabulary)
+    trainer.model.train()
+    with torch.no_grad():
+        # An adapter at its start is the reference.
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    losses = {
+        "TRL's DPOTrainer": lambda: trainer.compute_loss(trainer.model, rows),
+        "ours": lambda: chunked_loss(trainer.model, rows),
+    }
+    found = [loss().item() for loss in losses.values()]
+    if abs(found[0] - found[1]) > 1e-5:
+        raise SystemExit(f"the two losses are not the same: {found}")
+    return {name: Case(lambda loss=loss: loss().backward(), trainer.model.zero_grad) for name, loss in losses.items()}
+
+
+# -- the table -----------------------------------------------------------------------------------------------------------
+def compared(cases: dict[str, Case], rounds: int, what: str, vocabulary: int) -> list[dict]:
+    """One row for each case; the first is what the others are compared with."""
+    base = next(iter(cases))
+    peaks = {name: peak_bytes(case, "cpu") for name, case in cases.items()}
+    seconds = interleaved(cases, rounds, "cpu")
+    return [
+        {"what": what, "vocabulary": vocabulary, "case": name, "peak": peaks[name] / peaks[base]}
+        | {"peak_mib": peaks[name] / 2**20}
+        | vars(ratio(seconds, name, base))
+        for name in cases
+    ]
+
+
+def printed(rows: list[dict]) -> None:
+    print("| what | vocabulary | how | time | quartiles | peak | MiB |")
+    print("|---|---:|---|---:|---:|---:|---:|")
+    for row in rows:
+        print(
+            f"| {row['what']} | {row['vocabulary']} | {row['case']} | {row['median']:.2f} "
+            f"| {row['q25']:.2f} to {row['q75']:.2f} | {row['peak']:.3f} | {row['peak_mib']:.1f} |"
+        )
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="folder for token_kl.json")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
+    parser.add_argument("--step-vocabulary", type=int, default=VOCABULARIES[0])
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    rows = []
+    kinds = [(v, kl, trained) for v in arguments.vocabularies for kl in (False, True) for trained in (False, True)]
+    for vocabulary, kl, trained in tqdm(kinds):
+        what = (
+            f"{'log-probabilities and KL' if kl else 'log-probabilities'}, {'trained' if trained else 'frozen'} head"
+        )
+        cases = {name: kernel_case(compute, vocabulary, kl, trained) for name, compute in PEERS.items()}
+        rows += compared(cases, arguments.rounds, what, vocabulary)
+    with tempfile.TemporaryDirectory() as folder:
+        cases = step_cases(arguments.step_vocabulary, folder)
+        rows += compared(cases, arguments.rounds, "step of DPO, LoRA", arguments.step_vocabulary)
+    printed(rows)
+    if arguments.out is not None:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "token_kl.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
