@@ -76,7 +76,7 @@ def test_both_kernels_give_the_same_gradients(trained):
         scores = compute(hidden, head, torch.arange(9), ref_hidden=ref_hidden, temperature=1.5, **settings)
         (scores.logps.sum() + scores.kl.square().sum()).backward()
         grads = [hidden.grad, head.grad, settings["bias"].grad]
-        found.append([*(score.detach() for score in scores), *(grad for grad in grads if grad is not None)])
+        found.append([*(score.detach() for score in scores[:3]), *(grad for grad in grads if grad is not None)])
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import torch
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-from trl.kernels.chunked_logprob import ChunkedLogProbFunction, _use_triton
+from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS, ChunkedLogProbFunction, _use_triton
 from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
 from hf_delta.errors import InputError
@@ -88,6 +88,7 @@ def trl_logps_and_kl(
     ref_logit_scale: float = 1.0,
     ref_softcap: float | None = None,
     temperature: float = 1.0,
+    statistics: bool = False,
 ) -> TokenScores:
     """[`~hf_delta.ops.token_kl.token_logps_and_kl`] by TRL's kernels, in float32; see there for arguments and shapes."""
     trained = torch.is_grad_enabled()
@@ -97,22 +98,23 @@ def trl_logps_and_kl(
         reference = own
     else:
         reference = (whole(ref_head_weight, False), whole(ref_bias, False), ref_logit_scale, ref_softcap)
-    logps = _logps(hidden, targets, temperature, *own)
+    logps, *found = _scores(hidden, targets, temperature, *own, OPTIONAL_OUTPUTS if statistics else ())
+    observed = {name: each.detach() for name, each in zip(OPTIONAL_OUTPUTS, found) if each is not None}
     if ref_hidden is None:
-        return TokenScores(logps)
+        return TokenScores(logps, **observed)
     with torch.no_grad():
-        ref_logps = _logps(ref_hidden, targets, temperature, *reference)
+        ref_logps = _scores(ref_hidden, targets, temperature, *reference)[0]
     heads = (hidden, *own[:2], ref_hidden, *reference[:2])
     # 0.0 is KL(teacher || student).
     kl, _ = ChunkedDivergenceFunction.apply(*heads, 0.0, temperature, *own[2:], *reference[2:])
-    return TokenScores(logps, ref_logps, kl)
+    return TokenScores(logps, ref_logps, kl, **observed)
 
 
-def _logps(hidden, targets, temperature, weight, bias, logit_scale, softcap) -> torch.Tensor:
+def _scores(hidden, targets, temperature, weight, bias, logit_scale, softcap, outputs=()) -> tuple:
     with gathered(weight, bias):
         return ChunkedLogProbFunction.apply(
-            hidden, weight, bias, targets, temperature, _CHUNKED_LOGPROB_CHUNK_SIZE, softcap, logit_scale, ()
-        )[0]
+            hidden, weight, bias, targets, temperature, _CHUNKED_LOGPROB_CHUNK_SIZE, softcap, logit_scale, outputs
+        )
 
 
 def head_arguments(model: torch.nn.Module, prefix: str = "") -> dict[str, torch.Tensor | float | None]:

@@ -10,7 +10,8 @@ import torch
 
 from hf_delta.errors import InputError
 from hf_delta.ops.gather import gathered, whole
-from hf_delta.ops.token_tiles import Logits, Plan, ScoresFunction
+from hf_delta.ops.token_sides import Logits
+from hf_delta.ops.token_tiles import Plan, ScoresFunction
 
 
 class TokenScores(NamedTuple):
@@ -18,11 +19,19 @@ class TokenScores(NamedTuple):
 
     `logps` is `log pi(y)`; `ref_logps` is `log pi_ref(y)`; `kl` is `KL(pi_ref || pi)` over the whole vocabulary. The last
     two are `None` without a reference.
+
+    Statistics of the policy, without gradient, `None` where not asked for: `entropy` is `-sum_v pi(v) log pi(v)`,
+    `log_sum_sq_probs` is `log sum_v pi(v)^2`, `mean_logits` is the mean of the logits, divided by the temperature, and
+    `is_top1` (bool) says whether `y` is the most likely token, the first one of equals.
     """
 
     logps: torch.Tensor
     ref_logps: torch.Tensor | None = None
     kl: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    log_sum_sq_probs: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
 
 
 def token_logps_and_kl(
@@ -39,6 +48,7 @@ def token_logps_and_kl(
     ref_logit_scale: float = 1.0,
     ref_softcap: float | None = None,
     temperature: float = 1.0,
+    statistics: bool = False,
     rows: int = 256,
     columns: int = 1024,
 ) -> TokenScores:
@@ -64,6 +74,7 @@ def token_logps_and_kl(
         ref_logit_scale (`float`, *optional*, defaults to `1.0`): `s` of `ref_head_weight`.
         ref_softcap (`float`, *optional*): `c` of `ref_head_weight`.
         temperature (`float`, *optional*, defaults to `1.0`): Of both models.
+        statistics (`bool`, *optional*, defaults to `False`): Whether to fill the statistics of [`TokenScores`] as well.
         rows (`int`, *optional*, defaults to `256`): Rows of a tile.
         columns (`int`, *optional*, defaults to `1024`): Tokens of the vocabulary in a tile.
 
@@ -85,7 +96,7 @@ def token_logps_and_kl(
         keep = "nothing"
     else:
         keep = "inputs" if head_trained else "gradients"
-    plan = Plan(policy, reference, (rows, columns), keep)
+    plan = Plan(policy, reference, (rows, columns), keep, statistics)
     with gathered(head_weight, bias, ref_head_weight, ref_bias):
         found = ScoresFunction.apply(hidden, head_weight, bias, ref_hidden, ref_head_weight, ref_bias, targets, plan)
     return TokenScores(*found)
@@ -100,7 +111,7 @@ def masked_token_scores(
     ref_hidden: torch.Tensor | None = None,
     **settings,
 ) -> TokenScores:
-    """[`token_logps_and_kl`] of the positions where `mask` is set: `(B, T)` each, exactly 0 elsewhere.
+    """[`token_logps_and_kl`] of the positions where `mask` is set: `(B, T)` each, exactly 0, or False, elsewhere.
 
     What is masked costs nothing, and no gradient comes from it; its targets may be anything, -100 for instance.
 

@@ -1,6 +1,5 @@
-"""What `token_kl` computes: logits a tile of rows and vocabulary at a time, sums over the vocabulary, and gradients."""
+"""What `token_kl` computes: sums over the vocabulary, a tile at a time, and gradients."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,100 +8,8 @@ from torch.autograd import Function
 from hf_delta.errors import InputError
 from hf_delta.ops.gather import gathered
 from hf_delta.ops.norms import widened
-
-
-@dataclass(frozen=True)
-class Logits:
-    """How a head makes logits of a product: `z = c tanh(s (W h + b) / c) / temperature`, or `s (W h + b) / temperature`.
-
-    Args:
-        scale (`float`, *optional*, defaults to `1.0`): `s`, of the models' `logit_scale` and its relatives.
-        softcap (`float`, *optional*): `c`, of the models' `final_logit_softcapping`.
-        temperature (`float`, *optional*, defaults to `1.0`): Divides what the model gives.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    @property
-    def factor(self) -> float:
-        """`dz / d(W h + b)` where the cap does not bend."""
-        return self.scale / self.temperature
-
-    def project(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor):
-        """Write the logits `(n, v)` of `hidden (n, d)`, `weight (v, d)` and `bias (v,)` to `out`."""
-        inner = self.factor if self.softcap is None else self.scale / self.softcap
-        if bias is None:
-            out.addmm_(hidden, weight.T, beta=0, alpha=inner)
-        else:
-            torch.addmm(bias, hidden, weight.T, beta=inner, alpha=inner, out=out)
-        if self.softcap is not None:
-            out.tanh_().mul_(self.softcap / self.temperature)
-
-    def bend(self, z: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """`1 - tanh^2` of logits: what the cap leaves of a gradient."""
-        return torch.mul(z, z, out=out).mul_(-((self.temperature / self.softcap) ** 2)).add_(1)
-
-
-def spans(count: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-class Side:
-    """A model's rows on their way through the vocabulary.
-
-    `hidden (N, d)` and `weight (V, d)` of any floating dtype; all that is computed has the dtype `wide`. The sums are
-    those of a softmax in one pass: `total (N, 1)` is `sum_v exp(z_v - peak)` for the largest logit `peak (N, 1)` so far.
-    """
-
-    def __init__(self, hidden, weight, bias, logits: Logits, tile: tuple[int, int], wide: torch.dtype):
-        self.hidden, self.weight, self.bias, self.logits, self.wide = hidden, weight, bias, logits, wide
-        self.buffer = hidden.new_empty(tile[0] * tile[1], dtype=wide)
-        self.peak = hidden.new_full((len(hidden), 1), -torch.inf, dtype=wide)
-        self.total = torch.zeros_like(self.peak)
-        self.chosen = torch.zeros_like(self.peak)
-
-    def enter(self, columns: slice) -> None:
-        """Go on to a block of the vocabulary."""
-        self.columns = columns
-        self.block = self.weight[columns].to(self.wide)
-        self.block_bias = None if self.bias is None else self.bias[columns].to(self.wide)
-
-    def tile(self, rows: slice) -> torch.Tensor:
-        """Logits `(n, v)` of some rows in this block; the next tile overwrites them."""
-        hidden = self.hidden[rows].to(self.wide)
-        out = view_of(self.buffer, len(hidden), len(self.block))
-        self.logits.project(hidden, self.block, self.block_bias, out)
-        return out
-
-    def here(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Place of targets `(n,)` in this block, some place if they are in another, and whether they are here."""
-        place = (targets - self.columns.start)[:, None]
-        found = (place >= 0) & (place < len(self.block))
-        return place.clamp(0, len(self.block) - 1), found
-
-    def choose(self, rows: slice, tile: torch.Tensor, targets: torch.Tensor) -> None:
-        """Keep the logits of the targets `(n,)` that are in this block."""
-        place, found = self.here(targets)
-        self.chosen[rows] = torch.where(found, tile.gather(1, place), self.chosen[rows])
-
-    def fold(self, rows: slice, tile: torch.Tensor) -> torch.Tensor:
-        """Turn a tile into `exp(z - peak)` in place, add it up, and say by what `(n, 1)` earlier sums shrink."""
-        peak = torch.maximum(self.peak[rows], tile.amax(1, keepdim=True))
-        shrink = (self.peak[rows] - peak).exp_()
-        self.peak[rows] = peak
-        tile.sub_(peak).exp_()
-        self.total[rows] = self.total[rows].mul_(shrink).add_(tile.sum(1, keepdim=True))
-        return shrink
-
-    def log_total(self) -> torch.Tensor:
-        """`log sum_v exp(z_v)` `(N, 1)`, when the vocabulary is through."""
-        return self.peak + self.total.log()
-
-
-def view_of(buffer: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    return buffer[: rows * columns].view(rows, columns)
+from hf_delta.ops.token_sides import Logits, Side, spans, view_of
+from hf_delta.ops.token_statistics import ObservedSide
 
 
 @dataclass(frozen=True)
@@ -114,17 +21,19 @@ class Plan:
     tile: tuple[int, int]
     # For the backward pass: "nothing", "gradients" (of a frozen head), or "inputs".
     keep: str
+    statistics: bool = False
 
 
 class ScoresFunction(Function):
-    """`logps`, `ref_logps` and `kl` `(N,)` of rows; the last two are `None` without a reference."""
+    """`logps`, `ref_logps`, `kl` and the statistics `(N,)` of rows; `None` without a reference, or where not asked for."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, targets, plan):
         ctx.set_materialize_grads(False)
         ctx.plan = plan
         _check(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, targets)
-        policy, reference = _sides(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, plan)
+        kind = ObservedSide if plan.statistics else Side
+        policy, reference = _sides(kind, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, plan)
         gap, means = _scan(policy, reference, targets, plan)
         if plan.keep == "gradients":
             ctx.dtype = hidden.dtype
@@ -136,14 +45,15 @@ class ScoresFunction(Function):
             # Differences of like quantities: the KL of equal models is 0, not the rounding of two large logarithms.
             kl = gap / reference.total + (policy.peak - reference.peak) + (policy.total / reference.total).log()
             kl = kl.squeeze(1).clamp_(min=0)
-            ctx.mark_non_differentiable(ref_logps)
         if plan.keep == "inputs":
             lse, ref_lse = policy.log_total(), None if reference is None else reference.log_total()
             ctx.save_for_backward(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, targets, lse, ref_lse)
-        return logps, ref_logps, kl
+        statistics = policy.statistics() if plan.statistics else ()
+        ctx.mark_non_differentiable(*(found for found in (ref_logps, *statistics) if found is not None))
+        return logps, ref_logps, kl, *(statistics or (None,) * 4)
 
     @staticmethod
-    def backward(ctx, grad_logps, _, grad_kl):
+    def backward(ctx, grad_logps, _, grad_kl, *__):
         # Gradients are recorded here with `create_graph` only. torch's own `once_differentiable` lets a gradient pass as a
         # constant where the incoming one is a constant.
         if torch.is_grad_enabled():
@@ -163,12 +73,14 @@ class ScoresFunction(Function):
         return tuple(grads)
 
 
-def _sides(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, plan: Plan) -> tuple[Side, Side | None]:
+def _sides(
+    kind: type[Side], hidden, weight, bias, ref_hidden, ref_weight, ref_bias, plan: Plan
+) -> tuple[Side, Side | None]:
     given = [t.dtype for t in (hidden, weight, ref_hidden, ref_weight) if t is not None]
     wide = torch.float64 if torch.float64 in given else widened(given[0])
     rows, columns = plan.tile
     tile = (min(rows, len(hidden)), columns)
-    policy = Side(hidden, weight, bias, plan.policy, tile, wide)
+    policy = kind(hidden, weight, bias, plan.policy, tile, wide)
     if ref_hidden is None:
         return policy, None
     return policy, Side(ref_hidden, ref_weight, ref_bias, plan.reference, tile, wide)
@@ -179,15 +91,16 @@ def _scan(policy: Side, reference: Side | None, targets: torch.Tensor, plan: Pla
     frozen head `sum_v exp(. - peak) bend_v W_v` `(N, d)` of both sides.
     """
     sides = [side for side in (policy, reference) if side is not None]
-    gap, spare = torch.zeros_like(policy.total), torch.empty_like(policy.buffer)
-    learning, capped = plan.keep == "gradients", plan.policy.softcap is not None
+    gap, learning = torch.zeros_like(policy.total), plan.keep == "gradients"
+    spare = torch.empty_like(policy.buffer) if reference is not None or plan.statistics else None
+    bends = torch.empty_like(policy.buffer) if learning and plan.policy.softcap is not None else None
     means = [torch.zeros_like(policy.hidden, dtype=policy.wide) for _ in sides] if learning else []
     for columns in spans(len(policy.weight), plan.tile[1]):
         for side in sides:
             side.enter(columns)
         for rows in spans(len(targets), plan.tile[0]):
             tiles = [side.tile(rows) for side in sides]
-            third = view_of(spare, *tiles[0].shape)
+            third, bend = (None if buffer is None else view_of(buffer, *tiles[0].shape) for buffer in (spare, bends))
             for side, tile in zip(sides, tiles):
                 side.choose(rows, tile, targets[rows])
             shrinks = []
@@ -195,8 +108,9 @@ def _scan(policy: Side, reference: Side | None, targets: torch.Tensor, plan: Pla
                 torch.sub(tiles[1], tiles[0], out=third)
                 shrinks.append(reference.fold(rows, tiles[1]))
                 gap[rows] = gap[rows].mul_(shrinks[0]).add_(third.mul_(tiles[1]).sum(1, keepdim=True))
-            bend = plan.policy.bend(tiles[0], out=third) if learning and capped else None
-            shrinks.insert(0, policy.fold(rows, tiles[0]))
+            if bend is not None:
+                plan.policy.bend(tiles[0], out=bend)
+            shrinks.insert(0, policy.fold(rows, tiles[0], third))
             for mean, tile, shrink in zip(means, tiles, shrinks):
                 mean[rows].mul_(shrink).addmm_(tile if bend is None else tile.mul_(bend), policy.block)
     return gap, means
@@ -219,7 +133,7 @@ def _recomputed(ctx, grad_logps, grad_kl) -> tuple[torch.Tensor | None, ...]:
     """Gradients of hidden states, head and bias: `dz_v = g_logp (1[v = y] - pi_v) + g_kl (pi_v - ref_v)`, tile by tile."""
     hidden, weight, bias, ref_hidden, ref_weight, ref_bias, targets, lse, ref_lse = ctx.saved_tensors
     plan = ctx.plan
-    policy, reference = _sides(hidden, weight, bias, ref_hidden, ref_weight, ref_bias, plan)
+    policy, reference = _sides(Side, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, plan)
     of_logps = torch.zeros_like(lse) if grad_logps is None else grad_logps[:, None] * plan.policy.factor
     of_kl = None if grad_kl is None else grad_kl[:, None] * plan.policy.factor
     of_policy = -of_logps if of_kl is None else of_kl - of_logps
