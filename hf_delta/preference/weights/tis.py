@@ -1,0 +1,67 @@
+"""TIS-DPO: tokens weighted by what two contrasting models think of them."""
+
+import torch
+
+from hf_delta.errors import InputError
+from hf_delta.preference.weights.columns import ColumnWeights
+
+
+class TISDPOWeights(ColumnWeights):
+    """Weights `w_t` that were estimated beforehand, from the columns `chosen_weights` and `rejected_weights`; no KL term.
+
+    The columns hold what the score is multiplied with, nothing is done to them: estimate with [`contrast_weights`]. The term that
+    the published code can add has the other divergence, `KL(pi || pi_ref)`, and the other sign; for `KL(pi_ref || pi)` with these
+    weights use `token_weights: columns` with `kl: true`.
+
+    TIS-DPO: Token-level Importance Sampling for Direct Preference Optimization (https://huggingface.co/papers/2410.04350).
+    """
+
+    def __init__(self):
+        super().__init__(kl=False)
+
+
+def contrast_weights(
+    positive_logps: torch.Tensor,
+    negative_logps: torch.Tensor,
+    *,
+    chosen: bool,
+    low: float = -1.5,
+    high: float = 1.5,
+    scale: tuple[float, float] | None = (0.7, 1.3),
+) -> torch.Tensor:
+    """Weights of tokens out of the log-probabilities that a model of good answers and a model of bad ones give them.
+
+    With `d_t = log pi_+ - log pi_-` for chosen completions and its negative for rejected ones, clipped to `[low, high]`:
+    `w_t = s_0 + (s_1 - s_0) (d_t - low) / (high - low)`, or `w_t = exp(d_t)` if `scale` is `None`. So a chosen token weighs more
+    if the good model likes it better, a rejected one if the bad model does.
+
+    The published code stores `log pi_- - log pi_+` for both sides and negates it for chosen ones, which is the same.
+
+    Args:
+        positive_logps (`torch.Tensor`): Log-probabilities under the model of good answers, nats, any shape.
+        negative_logps (`torch.Tensor`): Those under the model of bad answers, of the same shape.
+        chosen (`bool`): Whether the tokens are those of chosen completions.
+        low (`float`, *optional*, defaults to `-1.5`): Lower bound of `d_t`, nats.
+        high (`float`, *optional*, defaults to `1.5`): Upper bound of `d_t`, nats.
+        scale (`tuple[float, float]`, *optional*, defaults to `(0.7, 1.3)`): Weights at the two bounds, or `None` for `exp(d_t)`.
+
+    Returns:
+        Weights, of the shape of the log-probabilities.
+
+    Raises:
+        `InputError`: the bounds or the scale are not in order, or the shapes differ.
+    """
+    if not low < high:
+        raise InputError(f"contrast weights: low must be below high, got low={low!r} and high={high!r}.")
+    if scale is not None and not 0 <= scale[0] <= scale[1] < float("inf"):
+        raise InputError(f"contrast weights: scale takes two weights, 0 or more and in order, got {scale!r}.")
+    if positive_logps.shape != negative_logps.shape:
+        raise InputError(
+            f"contrast weights: the two models scored {tuple(positive_logps.shape)} and {tuple(negative_logps.shape)} "
+            "tokens; both must score the same ones."
+        )
+    scores = positive_logps - negative_logps if chosen else negative_logps - positive_logps
+    scores = scores.clamp(low, high)
+    if scale is None:
+        return scores.exp()
+    return scale[0] + (scale[1] - scale[0]) * (scores - low) / (high - low)
