@@ -13,6 +13,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from hf_delta.errors import InputError
+from hf_delta.preference.rows import USES
 from hf_delta.recipe.arguments import DataArguments
 from hf_delta.recipe.fields import suggest
 from hf_delta.recipe.rewards import columns_needed
@@ -30,7 +31,7 @@ _TEXT_COLUMNS = ("prompt", *_REPLY_COLUMNS)
 # What rows are used for -> the sets of columns that will do; the first set that is there is the one that is checked.
 COLUMN_SETS = {
     "sft": [("prompt", "completion"), ("messages",), ("text",), ("input_ids",)],
-    "dpo": [("prompt", "chosen", "rejected"), ("chosen", "rejected")],
+    **{name: use.columns for name, use in USES.items()},
     "grpo": [("prompt",)],
     "evaluation": [("prompt", "answer")],
 }
@@ -44,12 +45,12 @@ class Source:
     rows: Dataset
 
 
-def load_train_rows(args: DataArguments, trainer: str, cache_dir: Path, rewards: Sequence[Callable] = ()) -> Dataset:
+def load_train_rows(args: DataArguments, use: str, cache_dir: Path, rewards: Sequence[Callable] = ()) -> Dataset:
     """The checked rows to train on.
 
     Args:
         args ([`DataArguments`]): Data keys of the recipe.
-        trainer (`str`): `sft`, `dpo` or `grpo`.
+        use (`str`): `sft` or `grpo`, or for DPO what [`~hf_delta.preference.rows.preference_use`] says.
         cache_dir (`Path`): Where the converted local files go.
         rewards (`Sequence[Callable]`): Reward functions, whose columns must not be empty either.
 
@@ -61,7 +62,7 @@ def load_train_rows(args: DataArguments, trainer: str, cache_dir: Path, rewards:
         sources = _load_files(args.train_file, "train_file", cache_dir)
     else:
         sources = [_load_from_hub(args, args.dataset_split)]
-    return _prepare(sources, args, [trainer], rewards, args.max_train_rows)
+    return _prepare(sources, args, [use], rewards, args.max_train_rows)
 
 
 def load_eval_rows(
@@ -89,6 +90,8 @@ def _prepare(
         source = Source(source.name, rows)
         columns = [column for use in uses for column in _columns_of(source, use)]
         check_rows(source, [*columns, *(c for reward in rewards for c in columns_needed(reward, rows.column_names))])
+        for use in USES.keys() & uses:
+            USES[use].check(rows, source.name)
         parts.append(rows)
     rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
     if max_rows is not None:
@@ -174,10 +177,13 @@ def _columns_of(source: Source, use: str) -> tuple[str, ...]:
         if there.issuperset(columns):
             return columns
     wanted = " or ".join(", ".join(columns) for columns in COLUMN_SETS[use])
-    who = "evaluate_pass_at" if use == "evaluation" else f"trainer {use}"
+    who, remedies = "evaluate_pass_at" if use == "evaluation" else f"trainer {use}", {}
+    if use in USES:
+        who, remedies = USES[use].user, USES[use].remedies
+    known = (remedy for columns, remedy in remedies.items() if there.issuperset(columns))
+    remedy = next(known, "Map them with dataset_columns: {name here: name in the dataset}.")
     raise InputError(
-        f"{source.name} has the columns {', '.join(source.rows.column_names)}; {who} needs {wanted}. Map them with "
-        "dataset_columns: {name here: name in the dataset}."
+        f"{source.name} has the columns {', '.join(source.rows.column_names)}; {who} needs {wanted}. {remedy}"
     )
 
 
@@ -257,5 +263,11 @@ def as_conversation(row: dict[str, Any], system_prompt: str | None = None) -> di
         changed["prompt"] = [*system, {"role": "user", "content": row["prompt"]}]
     for column in _REPLY_COLUMNS:
         if isinstance(row.get(column), str):
-            changed[column] = [{"role": "assistant", "content": row[column]}]
+            changed[column] = _reply(row[column])
+    if isinstance(row.get("completions"), list):
+        changed["completions"] = [_reply(reply) if isinstance(reply, str) else reply for reply in row["completions"]]
     return changed
+
+
+def _reply(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]

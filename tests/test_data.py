@@ -206,7 +206,11 @@ def test_evaluation_rows_are_loaded_only_for_a_use(tmp_path):
         ("sft", {"text": "a"}),
         ("sft", {"messages": [{"role": "user", "content": "a"}]}),
         ("sft", {"prompt": "a", "completion": "b"}),
-        ("dpo", {"chosen": "a", "rejected": "b"}),
+        ("dpo", {"chosen": "p a", "rejected": "p b"}),
+        ("dpo_weights", {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_weights": [1, 2], "rejected_weights": 0.5}),
+        ("dpo_weights", {"chosen": "p a", "rejected": "p b", "chosen_weights": 1, "rejected_weights": 0.5}),
+        ("dpo_lists", {"prompt": "p", "completions": ["a", "b"], "scores": [3, -4]}),
+        ("dpo_labelled_lists", {"prompt": "p", "completions": ["a", "b"], "ranks": [3, 1]}),
         ("grpo", {"prompt": "a"}),
     ],
 )
