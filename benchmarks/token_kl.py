@@ -3,7 +3,7 @@
     python benchmarks/token_kl.py --out docs/preference
 
 512 completion rows of width 256, float32, forward and backward passes, and one step of DPO with LoRA on a small Qwen3
-whose rows are half prompt. CPU time of one thread in interleaved rounds; peaks as the allocator sees them. Everything is
+whose rows are half prompt. Both steps compute what TRL's trainer logs: entropy, mean logit, top-1. CPU time of one thread in interleaved rounds; peaks as the allocator sees them. Everything is
 a ratio to all logits at once, or for the step to TRL's `DPOTrainer`.
 """
 
@@ -11,6 +11,7 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -51,6 +52,7 @@ PEERS: dict[str, Callable[..., TokenScores]] = {
     "full logits": full_logits,
     "TRL's kernels": trl_logps_and_kl,
     "ours": token_logps_and_kl,
+    "ours, with statistics": partial(token_logps_and_kl, statistics=True),
 }
 
 
@@ -109,14 +111,15 @@ def chunked_loss(model, rows: dict[str, torch.Tensor]) -> torch.Tensor:
     """The loss of `DPOTrainer`, from hidden states of the same model, by our function."""
     head, mask, targets = head_arguments(model), rows["completion_mask"][:, 1:], rows["input_ids"][:, 1:]
 
-    def scores():
+    def scores(statistics: bool):
         arguments = {name: rows[name] for name in ("input_ids", "attention_mask")}
         hidden = model.get_base_model().base_model(**arguments, use_cache=False).last_hidden_state
-        return masked_token_scores(hidden[:, :-1], targets=targets, mask=mask, **head).logps.sum(1)
+        found = masked_token_scores(hidden[:, :-1], targets=targets, mask=mask, statistics=statistics, **head)
+        return found.logps.sum(1)
 
     with torch.no_grad(), model.disable_adapter():
-        reference = scores()
-    chosen, rejected = (scores() - reference).chunk(2)
+        reference = scores(statistics=False)
+    chosen, rejected = (scores(statistics=True) - reference).chunk(2)
     return -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).mean()
 
 
@@ -167,7 +170,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for token_kl.json")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=VOCABULARIES)
-    parser.add_argument("--step-vocabulary", type=int, default=VOCABULARIES[0])
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows = []
@@ -178,9 +180,9 @@ def main(argv: list[str] | None = None) -> None:
         )
         cases = {name: kernel_case(compute, vocabulary, kl, trained) for name, compute in PEERS.items()}
         rows += compared(cases, arguments.rounds, what, vocabulary)
-    with tempfile.TemporaryDirectory() as folder:
-        cases = step_cases(arguments.step_vocabulary, folder)
-        rows += compared(cases, arguments.rounds, "step of DPO, LoRA", arguments.step_vocabulary)
+    for vocabulary in tqdm(arguments.vocabularies):
+        with tempfile.TemporaryDirectory() as folder:
+            rows += compared(step_cases(vocabulary, folder), arguments.rounds, "step of DPO, LoRA", vocabulary)
     printed(rows)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)

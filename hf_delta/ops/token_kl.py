@@ -49,7 +49,7 @@ def token_logps_and_kl(
     ref_softcap: float | None = None,
     temperature: float = 1.0,
     statistics: bool = False,
-    rows: int = 256,
+    rows: int = 512,
     columns: int = 1024,
 ) -> TokenScores:
     """`log pi(y)`, `log pi_ref(y)` and `KL(pi_ref || pi) = sum_v pi_ref(v) (log pi_ref(v) - log pi(v))` of each row, with
@@ -75,7 +75,7 @@ def token_logps_and_kl(
         ref_softcap (`float`, *optional*): `c` of `ref_head_weight`.
         temperature (`float`, *optional*, defaults to `1.0`): Of both models.
         statistics (`bool`, *optional*, defaults to `False`): Whether to fill the statistics of [`TokenScores`] as well.
-        rows (`int`, *optional*, defaults to `256`): Rows of a tile.
+        rows (`int`, *optional*, defaults to `512`): Rows of a tile.
         columns (`int`, *optional*, defaults to `1024`): Tokens of the vocabulary in a tile.
 
     Raises:
