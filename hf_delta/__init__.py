@@ -17,6 +17,7 @@ _PUBLIC = {
     "AdvantageTransform": "hf_delta.rl.weights",
     "AllocationRule": "hf_delta.rl.allocation",
     "BoneConfig": "hf_delta.adapters",
+    "DeltaDPOConfig": "hf_delta.preference.config",
     "DeltaDPOTrainer": "hf_delta.preference.trainer",
     "DeltaGRPOConfig": "hf_delta.rl.config",
     "DeltaGRPOTrainer": "hf_delta.rl.trainer",

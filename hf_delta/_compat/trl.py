@@ -7,7 +7,6 @@ names, so that a new TRL release is one file's work; `tests/test_seams.py` compa
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,10 +30,11 @@ def require_supported_trl(installed: str | None = None) -> None:
 require_supported_trl()
 
 # After the version check, which has the better message.
-from trl import DPOTrainer, GRPOTrainer  # noqa: E402
+from trl import GRPOTrainer  # noqa: E402
 from trl.trainer.utils import RepeatSampler  # noqa: E402
 
 from hf_delta._compat.reference import ReferenceRepair, base_kept  # noqa: E402
+from hf_delta._compat.trl_state import ExtraState  # noqa: E402
 from hf_delta._compat.trl_window import WindowState  # noqa: E402
 
 
@@ -87,18 +87,10 @@ SAMPLER_ATTRIBUTES: tuple[str, ...] = ("shuffle", "num_samples", "generator")
 GRPO_LOSS_TYPES: tuple[str, ...] = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "luspo", "vespo")
 
 
-class DPOHooks(DPOTrainer, ReferenceRepair):
-    """`DPOTrainer` that holds a trained adapter to a true copy of itself; otherwise bit for bit TRL's."""
-
-    def __init__(self, model, *args, **kwargs):
-        with base_kept(model):
-            super().__init__(model, *args, **kwargs)
-
-
-class GRPOHooks(WindowState, GRPOTrainer, ReferenceRepair):
+class GRPOHooks(WindowState, ExtraState, GRPOTrainer, ReferenceRepair):
     """`GRPOTrainer` whose seams call methods with plain names; with no hook overridden it trains bit for bit like TRL's.
 
-    As in [`DPOHooks`], the reference of a trained adapter is a true copy of it.
+    As in [`~hf_delta._compat.trl_dpo.DPOHooks`], the reference of a trained adapter is a true copy of it.
 
     Hooks, all optional:
         `before_rollouts(rows)`: before each training generation; may hand as many other rows to it.
@@ -107,8 +99,7 @@ class GRPOHooks(WindowState, GRPOTrainer, ReferenceRepair):
         `rollout_context()`: a context manager around generation with transformers.
         `on_loss(rows, logps)`: with `watch_losses`, after each loss of training, with one micro-batch of the rollouts and the
             log-probabilities `(B, T)` under the policy as it is.
-        `save_extra_state(checkpoint)`: before TRL writes a checkpoint, on every rank; the directory exists.
-        `load_extra_state(checkpoint)`: on resume, on every rank, after model and optimizer are loaded.
+        and those of [`ExtraState`].
     """
 
     rollout_dropout: bool = True
@@ -133,12 +124,6 @@ class GRPOHooks(WindowState, GRPOTrainer, ReferenceRepair):
         pass
 
     def on_eval_rollouts(self, rollouts: dict[str, Any], rows: list[dict]) -> None:
-        pass
-
-    def save_extra_state(self, checkpoint: Path) -> None:
-        pass
-
-    def load_extra_state(self, checkpoint: Path) -> None:
         pass
 
     # -- what the hooks may use -------------------------------------------------------------------------------------
@@ -220,18 +205,6 @@ class GRPOHooks(WindowState, GRPOTrainer, ReferenceRepair):
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
-
-    def _save_checkpoint(self, model, trial) -> None:
-        # Before TRL saves: pushing to the Hub and rotation happen inside super().
-        checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        self.save_extra_state(checkpoint)
-        super()._save_checkpoint(model, trial)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            self.load_extra_state(Path(checkpoint))
 
 
 @contextmanager

@@ -26,7 +26,9 @@ def check_plain_config(config: Any) -> None:
     Raises:
         `InputError`: there is one.
     """
-    names = [name for name in getattr(config, "loss_type", None) or () if name in TOKEN_OBJECTIVES or name in LIST_LOSSES]
+    names = [
+        name for name in getattr(config, "loss_type", None) or () if name in TOKEN_OBJECTIVES or name in LIST_LOSSES
+    ]
     if names:
         raise InputError(f"loss_type: {names[0]} needs a DeltaDPOConfig, and args is a plain {type(config).__name__}.")
 

@@ -1,12 +1,242 @@
-"""DPO."""
+"""DPO with token weights, lists of completions, and a bound on the loss of every sample."""
 
-from hf_delta._compat.trl import DPOHooks
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import IterableDataset
+from trl import DPOTrainer
+from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from hf_delta.preference.collate import DataCollatorWithColumns
+from hf_delta.preference.config import DeltaDPOConfig
+from hf_delta.preference.contrast import add_contrast_weights
+from hf_delta.preference.feasible import tail_report
+from hf_delta.preference.list_data import DataCollatorForLists
+from hf_delta.preference.lists import LIST_LOSSES, into_lists
+from hf_delta.preference.losses import PAIR_LOSSES, completion_scores
+from hf_delta.preference.metrics import list_metrics, mask_metrics, mean_of, means, pair_metrics
+from hf_delta.preference.resume import ResumableDPO
+from hf_delta.preference.rows import check_models, check_plain_config, check_rows, data_sets, needed_columns, prepared
+from hf_delta.preference.scoring import ScoredTokens
+from hf_delta.preference.snapshots import TokenSnapshots, examples_of, prompt_texts
+from hf_delta.preference.weights import TokenTerms
 
 
-class DeltaDPOTrainer(DPOHooks):
-    """TRL's `DPOTrainer`, with the right reference for every adapter of PEFT.
-
-    Given a `PeftModel`, TRL 1.16 copies only those weights of the adapter into the reference whose names end in
-    `.<adapter>.weight`; with others (MiSS, VeRA, LoHa, ...) a policy that has been trained before is compared with the base
-    model. Where nothing is to be repaired, it trains bit for bit like `trl.DPOTrainer`.
+class DeltaDPOTrainer(ResumableDPO):
     """
+    Drop-in for [`~trl.DPOTrainer`]: token weights, lists of completions, feasible learning, exact KL, exact resume.
+
+    With a plain [`~trl.DPOConfig`], or with no key of ours, it trains bit for bit like TRL's, but for a defect of TRL 1.16
+    that it repairs: given a `PeftModel`, TRL copies only those weights of the adapter into the reference whose names end in
+    `.<adapter>.weight`; with others (MiSS, VeRA, LoHa, ...) a policy that has been trained before is compared with the base
+    model.
+
+    Example:
+
+    ```python
+    from hf_delta import DeltaDPOConfig, DeltaDPOTrainer
+
+    trainer = DeltaDPOTrainer(
+        model="Qwen/Qwen3-0.6B",
+        args=DeltaDPOConfig(output_dir="run", loss_type="tdpo2", beta=0.1),
+        train_dataset=dataset,
+    )
+    trainer.train()
+    ```
+
+    Args:
+        *args, **kwargs: As for [`~trl.DPOTrainer`].
+
+    Raises:
+        `InputError`: keys, data and models do not fit each other, a rule returns what is no weight, or a checkpoint belongs
+        to another method, another version, or is damaged.
+    """
+
+    _tag_names = ["trl", "dpo", "hf_delta"]
+
+    def __init__(self, *args, **kwargs):
+        given = inspect.signature(DPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        config = given.get("args")
+        ours = isinstance(config, DeltaDPOConfig)
+        if not ours:
+            check_plain_config(config)
+        self.replaces_loss = ours and config.replaces_loss
+        self.rule = config.build_rule() if ours else None
+        self.multipliers = config.build_multipliers() if ours else None
+        self.exact_kl = not ours or config.kl == "exact"
+        self.extra_columns = needed_columns(config, self.rule) if ours else ()
+        self._config, self._rows_are_checked = config, False
+        if self.replaces_loss:
+            # Before a model is loaded.
+            for name, rows in data_sets(given.get("train_dataset"), given.get("eval_dataset")):
+                check_rows(rows, f"{name}_dataset", config, self.rule)
+            self._rows_are_checked = True
+        super().__init__(*args, **kwargs)
+        self._rows_are_checked = False
+        self._eval_losses: list[torch.Tensor] = []
+        self._example: tuple | None = None
+        self._snapshots: TokenSnapshots | None = None
+        if self.replaces_loss or (ours and config.logps_kernel == "chunked"):
+            self._set_up()
+
+    def _set_up(self) -> None:
+        check_models(self.plain_model, self.ref_model, self.aux_loss_enabled)
+        self.add_token_heads(self.args.logps_kernel)
+        if not self.replaces_loss:
+            return
+        collator = self.data_collator
+        if self.args.uses_lists and type(collator) is DataCollatorForPreference:
+            collator = DataCollatorForLists(
+                collator.pad_token_id, collator.max_length, collator.truncation_mode, collator.pad_to_multiple_of
+            )
+        self.data_collator = DataCollatorWithColumns(collator)
+        if self.rule is None:
+            return
+        config = self.plain_model.config.get_text_config()
+        network = self.rule.network(config.hidden_size, config.num_hidden_layers)
+        if network is not None:
+            self.attach_mask_network(network)
+        if contrast := getattr(self.rule, "contrast", None):
+            self._add_contrast_weights(contrast)
+
+    def _add_contrast_weights(self, contrast: dict[str, Any]) -> None:
+        def weighted(dataset):
+            return add_contrast_weights(
+                dataset,
+                **contrast,
+                batch_size=self.args.per_device_eval_batch_size,
+                process_index=self.accelerator.process_index,
+                num_processes=self.accelerator.num_processes,
+                vocab_size=self.plain_model.get_input_embeddings().weight.shape[0],
+                max_length=self.args.max_length,
+                truncation_mode=self.args.truncation_mode,
+                progress=not self.args.disable_tqdm,
+            )
+
+        self.train_dataset = weighted(self.train_dataset)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: weighted(rows) for name, rows in self.eval_dataset.items()}
+        elif self.eval_dataset is not None:
+            self.eval_dataset = weighted(self.eval_dataset)
+
+    # -- rows -------------------------------------------------------------------------------------------------------
+    def prepared_rows(self, dataset: Any, name: str, tokenized: Callable[..., Any]) -> Any:
+        if not self.replaces_loss:
+            return tokenized(dataset)
+        source = f"{name}_dataset"
+        if not self._rows_are_checked or isinstance(dataset, IterableDataset):
+            dataset = check_rows(dataset, source, self._config, self.rule)
+        return prepared(dataset, source, self._config, self.rule, tokenized)
+
+    # -- losses -----------------------------------------------------------------------------------------------------
+    def loss_of_batch(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        scored = self.scored_tokens(model, inputs)
+        losses, extra, metrics = (self._list_losses if self.args.uses_lists else self._pair_losses)(scored, inputs)
+        loss = losses.mean()
+        if self.multipliers is not None:
+            loss = self._feasible_loss(losses, inputs)
+        if extra is not None:
+            loss = loss + extra
+        self.count_tokens(inputs["attention_mask"])
+        self.log_metrics(means(metrics, self.accelerator.gather))
+        return loss
+
+    def _pair_losses(self, scored: ScoredTokens, inputs: dict[str, Any]):
+        """Loss of each pair `(B,)`, what else is minimised, and metrics."""
+        terms = self.token_terms(scored, inputs)
+        if terms is None:
+            scores = scored.logps.sum(1) - scored.ref_logps.sum(1)
+        else:
+            constant = self.rule.constant_chosen_kl
+            scores = completion_scores(scored.logps, scored.ref_logps, scored.kl, terms, scored.mask, constant)
+        chosen, rejected = scores.chunk(2)
+        lengths = dict(zip(("chosen_lengths", "rejected_lengths"), inputs["completion_mask"].sum(1).chunk(2)))
+        options = {"ipo": lengths, "sigmoid_norm": lengths, "robust": {"label_smoothing": self.label_smoothing}}
+        losses, extra = 0.0, None
+        for name, weight in zip(self.args.pair_losses, self.loss_weights, strict=True):
+            if name == "sft":
+                extra = -weight * scored.logps.chunk(2)[0][scored.mask.chunk(2)[0]].mean()
+            else:
+                losses = losses + weight * PAIR_LOSSES[name](chosen, rejected, self.beta, **options.get(name, {}))
+        metrics = pair_metrics(self.beta * scores, scored.logps.detach(), scored.kl, scored.mask, scored.statistics)
+        if terms is not None:
+            metrics |= mask_metrics(terms, scored.mask)
+            self._remember(terms, scored.mask, inputs)
+            if (penalty := self.rule.penalty(terms, scored.mask)) is not None:
+                metrics["penalty"] = mean_of(penalty)
+                extra = penalty.mean() if extra is None else extra + penalty.mean()
+        return losses, extra, metrics
+
+    def _list_losses(self, scored: ScoredTokens, inputs: dict[str, Any]):
+        """As [`DeltaDPOTrainer._pair_losses`], for lists."""
+        there, labels = inputs["list_mask"], inputs["list_labels"]
+        scores = self.beta * (scored.logps.sum(1) - scored.ref_logps.sum(1))
+        scores = into_lists(scores, there)
+        losses = LIST_LOSSES[self.args.loss_type[0]](scores, labels, there)
+        return losses, None, list_metrics(scores, labels, there, scored.mask, scored.statistics)
+
+    def _feasible_loss(self, losses: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        """`mean(lambda_i l_i)` with the multipliers of before this batch, which then make their step; the mean in evaluation."""
+        if not self.model.training:
+            self._eval_losses.append(self.accelerator.gather_for_metrics(losses.detach()).float().cpu())
+            return losses.mean()
+        keys = inputs["sample_keys"]
+        loss = (self.multipliers.weights(keys).to(losses.dtype) * losses).mean()
+        self.multipliers.update(self.accelerator.gather(keys), self.accelerator.gather(losses.detach().float()))
+        return loss
+
+    # -- what is told -----------------------------------------------------------------------------------------------
+    def _remember(self, terms: TokenTerms, mask: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Keep what a picture of token weights shows: the first batch of an evaluation, or without one the last of training."""
+        if not self.is_world_process_zero() or self.model.training == (self.eval_dataset is not None):
+            return
+        if self.model.training or self._example is None:
+            tokens = (inputs["input_ids"].detach(), inputs["completion_mask"].detach())
+            self._example = (*tokens, mask, *(None if w is None else w.detach() for w in terms))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._example is not None:
+            self._write_example()
+        if self.multipliers is not None:
+            report = self.multipliers.report() if self.model.training else self._tail_of_evaluation()
+            self.log_metrics({f"feasible/{name}": value for name, value in report.items()})
+        super().log(logs, start_time)
+
+    def _tail_of_evaluation(self) -> dict[str, float]:
+        losses, self._eval_losses = self._eval_losses, []
+        return tail_report(torch.cat(losses), self.multipliers.epsilon) if losses else {}
+
+    def _write_example(self) -> None:
+        input_ids, completion_mask, mask, reward, kl = self._example
+        self._example = None
+        prompts = prompt_texts(input_ids, completion_mask, self.text_tokenizer)
+        examples = examples_of(input_ids[:, 1:], mask, reward, kl, self.text_tokenizer, prompts)
+        if self._snapshots is None:
+            path = Path(self.args.output_dir) / "token_weights.json"
+            self._snapshots = TokenSnapshots(path, self.args.rule_name, resumed_step=self.resumed_step)
+        self._snapshots.add(self.state.global_step, examples)
+
+    # -- the optimizer ----------------------------------------------------------------------------------------------
+    def create_optimizer(self, *args, **kwargs):
+        """As [`~transformers.Trainer.create_optimizer`], with a weight decay of its own for the mask network."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        decay = getattr(self.rule, "weight_decay", None)
+        if self.mask_network is not None and decay is not None and isinstance(optimizer, torch.optim.Optimizer):
+            set_weight_decay(optimizer, list(self.mask_network.parameters()), decay)
+        return optimizer
+
+
+def set_weight_decay(optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], decay: float) -> None:
+    """Move parameters out of the groups of an optimizer that has made no step yet, into one with another weight decay."""
+    chosen = {id(parameter) for parameter in parameters}
+    like = None
+    for group in optimizer.param_groups:
+        kept = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+        if len(kept) < len(group["params"]):
+            like, group["params"] = group, kept
+    if like is not None:
+        rest = {key: value for key, value in like.items() if key not in ("params", "weight_decay")}
+        optimizer.add_param_group(rest | {"params": parameters, "weight_decay": decay})

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # trainer: -> (configuration, trainer), as dotted paths so that reading recipes' names imports neither.
 TRAINERS = {
     "sft": ("trl.SFTConfig", "trl.SFTTrainer"),
-    "dpo": ("trl.DPOConfig", "hf_delta.preference.trainer.DeltaDPOTrainer"),
+    "dpo": ("hf_delta.preference.config.DeltaDPOConfig", "hf_delta.preference.trainer.DeltaDPOTrainer"),
     "grpo": ("hf_delta.rl.config.DeltaGRPOConfig", "hf_delta.rl.trainer.DeltaGRPOTrainer"),
 }
 

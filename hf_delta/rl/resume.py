@@ -8,15 +8,9 @@ import torch
 
 from hf_delta import __version__
 from hf_delta._compat.trl import GRPOHooks
-from hf_delta.checkpoint import (
-    ROLLOUTS_FILE,
-    STATE_FILE,
-    check_state,
-    load_state,
-    newest_complete_checkpoint,
-    save_state,
-)
+from hf_delta.checkpoint import ROLLOUTS_FILE, STATE_FILE, load_state, save_state
 from hf_delta.errors import InputError
+from hf_delta.resume import Resumable, check_method, state_of
 from hf_delta.rl.curriculum import PASS_RATE, Curriculum
 from hf_delta.rl.weights import AdvantageTransform
 from hf_delta.rl.weights.base import transform_name
@@ -25,7 +19,7 @@ from hf_delta.rl.weights.base import transform_name
 logger = logging.getLogger(__name__)
 
 
-class ResumableGRPO(GRPOHooks):
+class ResumableGRPO(Resumable, GRPOHooks):
     """GRPO whose weight rules, curriculum and open generation window are in its checkpoints.
 
     Attributes:
@@ -37,15 +31,6 @@ class ResumableGRPO(GRPOHooks):
     advantage_transforms: list[AdvantageTransform]
     curriculum: Curriculum | None = None
     window_losses: torch.Tensor | None = None
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As [`~transformers.Trainer.train`]; `True` resumes from the newest checkpoint that was written to its end."""
-        if resume_from_checkpoint is True:
-            newest = newest_complete_checkpoint(self.args.output_dir, self.accelerator.num_processes)
-            if newest is None:
-                raise InputError(f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint.")
-            resume_from_checkpoint = str(newest)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_extra_state(self, checkpoint: Path) -> None:
         if self.window_is_open and self.buffered_rollouts is not None:
@@ -127,45 +112,3 @@ class ResumableGRPO(GRPOHooks):
             "num_iterations": self.num_iterations,
             "steps_per_window": self.steps_per_window,
         }
-
-
-def check_method(path: Path, state: dict[str, Any], method: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Compare what a state file was saved with to what this run has; a changed setting is logged.
-
-    Args:
-        path (`Path`): The file, for the message.
-        state (`dict`): What stands in it, with the entries `method` and `settings`.
-        method (`dict`): What must be equal.
-        settings (`dict`): What may be changed.
-
-    Raises:
-        `InputError`: the methods differ.
-    """
-    saved = state["method"]
-    differing = [
-        f"{key}: {saved.get(key)!r} there, {value!r} here" for key, value in method.items() if saved.get(key) != value
-    ]
-    if differing:
-        raise InputError(
-            f"{path} belongs to another method ({'; '.join(differing)}). Resume with the recipe that wrote it, or "
-            "start a new run in another output_dir."
-        )
-    for key, value in settings.items():
-        if state["settings"].get(key) != value:
-            logger.warning(
-                "%s was saved with %s %s; the run goes on with %s.", path, key, state["settings"].get(key), value
-            )
-
-
-def state_of(rule: Any, name: str) -> Any:
-    """What a rule wants to be kept: its `state_dict()`, `{}` without one.
-
-    Raises:
-        `InputError`: it cannot be saved.
-    """
-    state = getattr(rule, "state_dict", dict)()
-    try:
-        check_state(state)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"state_dict() of the {name} cannot be saved: {error}") from error
-    return state

@@ -7,17 +7,36 @@ from hf_delta.preference.weights.columns import ColumnWeights
 
 
 class TISDPOWeights(ColumnWeights):
-    """Weights `w_t` that were estimated beforehand, from the columns `chosen_weights` and `rejected_weights`; no KL term.
+    """Weights `w_t` from the columns `chosen_weights` and `rejected_weights`, or from two contrast models; no KL term.
 
-    The columns hold what the score is multiplied with, nothing is done to them: estimate with [`contrast_weights`]. The term that
-    the published code can add has the other divergence, `KL(pi || pi_ref)`, and the other sign; for `KL(pi_ref || pi)` with these
-    weights use `token_weights: columns` with `kl: true`.
+    The columns hold what the score is multiplied with, nothing is done to them. Without them, two models make them once, before
+    training, by [`contrast_weights`]. The term that the published code can add has the other divergence, `KL(pi || pi_ref)`, and
+    the other sign; for `KL(pi_ref || pi)` with these weights use `token_weights: columns` with `kl: true`.
 
     TIS-DPO: Token-level Importance Sampling for Direct Preference Optimization (https://huggingface.co/papers/2410.04350).
+
+    Args:
+        positive (`str`, *optional*): Directory of the model or adapter that makes good tokens likelier.
+        negative (`str`, *optional*): Directory of the one that makes bad tokens likelier; both or none.
+        low, high, scale (*optional*): See [`contrast_weights`]; only with models.
+
+    Attributes:
+        contrast (`dict`, *optional*): Arguments of [`~hf_delta.preference.contrast.add_contrast_weights`].
     """
 
-    def __init__(self):
+    def __init__(self, positive: str | None = None, negative: str | None = None, **transform):
         super().__init__(kl=False)
+        self.contrast = None
+        if (positive is None) != (negative is None):
+            raise InputError("tis_dpo: positive and negative are two models that are compared; write both, or neither.")
+        if positive is not None:
+            if unknown := transform.keys() - {"low", "high", "scale"}:
+                raise InputError(f"tis_dpo: there is no {', '.join(sorted(unknown))}; it takes low, high and scale.")
+            none = torch.zeros(0)
+            contrast_weights(none, none, chosen=True, **transform)
+            self.contrast = {"positive": positive, "negative": negative, **transform}
+        elif transform:
+            raise InputError(f"tis_dpo: {', '.join(sorted(transform))} does nothing without positive and negative.")
 
 
 def contrast_weights(

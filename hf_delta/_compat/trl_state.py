@@ -1,0 +1,32 @@
+"""Private names of TRL and transformers: where a trainer's own state goes into a checkpoint and comes out of it."""
+
+from pathlib import Path
+
+from transformers import Trainer
+
+
+class ExtraState(Trainer):
+    """Mixin for trainers that keep more than model and optimizer.
+
+    Stands before TRL's trainer among the bases. Hooks, both optional:
+        `save_extra_state(checkpoint)`: before TRL writes a checkpoint, on every rank; the directory exists.
+        `load_extra_state(checkpoint)`: on resume, on every rank, after model and optimizer are loaded.
+    """
+
+    def save_extra_state(self, checkpoint: Path) -> None:
+        pass
+
+    def load_extra_state(self, checkpoint: Path) -> None:
+        pass
+
+    def _save_checkpoint(self, model, trial) -> None:
+        # Before TRL saves: pushing to the Hub and rotation happen inside super().
+        checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        self.save_extra_state(checkpoint)
+        super()._save_checkpoint(model, trial)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.load_extra_state(Path(checkpoint))

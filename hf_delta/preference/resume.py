@@ -1,0 +1,93 @@
+"""What a run of DPO knows besides the model: multipliers and mask network, in every checkpoint."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from hf_delta import __version__
+from hf_delta.checkpoint import STATE_FILE, load_state, save_state, steps_of
+from hf_delta.errors import InputError
+from hf_delta.preference.feasible import Multipliers
+from hf_delta.preference.scoring import CompletionScoring
+from hf_delta.resume import Resumable, check_method, state_of
+
+
+logger = logging.getLogger(__name__)
+
+MASK_FILE = "hfd_token_mask.safetensors"
+
+
+class ResumableDPO(Resumable, CompletionScoring):
+    """DPO whose multipliers, rule and mask network are in its checkpoints; with TRL's own loss it adds nothing to them.
+
+    Attributes:
+        multipliers ([`Multipliers`], *optional*): Of feasible learning.
+    """
+
+    multipliers: Multipliers | None = None
+    # Step of the checkpoint that the run goes on from.
+    resumed_step: int = 0
+
+    def save_extra_state(self, checkpoint: Path) -> None:
+        if not self.replaces_loss:
+            return
+        network = self.mask_network
+        # Every rank: the parameters may be sharded.
+        mask = None if network is None else network.mask_state()
+        if not self.args.should_save:
+            return
+        if mask is not None:
+            save_file({name: tensor.cpu().contiguous() for name, tensor in mask.items()}, checkpoint / MASK_FILE)
+        state = {
+            "hf_delta": __version__,
+            "method": self._method(),
+            "settings": self._settings(),
+            "multipliers": None if self.multipliers is None else self.multipliers.state_dict(),
+            "rule": None if self.rule is None else state_of(self.rule, f"rule of token weights {self.args.rule_name}"),
+        }
+        save_state(checkpoint / STATE_FILE, state)
+
+    def load_extra_state(self, checkpoint: Path) -> None:
+        path = checkpoint / STATE_FILE
+        self.resumed_step = steps_of(checkpoint)
+        if not self.replaces_loss:
+            if path.exists():
+                check_method(path, load_state(path), self._method(), {})
+            return
+        if not path.exists():
+            raise InputError(
+                f"{path} is not there: the checkpoint was written by another loss. Resume with the recipe that wrote it, or "
+                "start a new run in another output_dir."
+            )
+        state = load_state(path)
+        check_method(path, state, self._method(), self._settings())
+        if self.multipliers is not None:
+            self.multipliers.load_state_dict(state["multipliers"])
+        if state["rule"]:
+            self.rule.load_state_dict(state["rule"])
+        if self.mask_network is not None:
+            self.mask_network.load_mask_state(_masks(checkpoint / MASK_FILE))
+
+    def _method(self) -> dict[str, Any]:
+        return {
+            "loss_type": list(self.args.loss_type),
+            "token_weights": getattr(self.args, "token_weights", None),
+            "feasible": self.multipliers is not None,
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """What may be changed on resume, and is said when it is."""
+        keys = ("token_weights_kwargs", "feasible_kwargs", "kl", "beta", "sample_id_column")
+        return {key: getattr(self.args, key, None) for key in keys}
+
+
+def _masks(path: Path) -> dict:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: the mask network cannot be read ({error}). Resume from an earlier checkpoint."
+        ) from error

@@ -1,0 +1,68 @@
+"""What every trainer of ours does on resume: take the newest whole checkpoint, and refuse that of another method."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from transformers import Trainer
+
+from hf_delta.checkpoint import check_state, newest_complete_checkpoint
+from hf_delta.errors import InputError
+
+
+logger = logging.getLogger(__name__)
+
+
+class Resumable(Trainer):
+    """Mixin that stands before the trainer among the bases."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As [`~transformers.Trainer.train`]; `True` resumes from the newest checkpoint that was written to its end."""
+        if resume_from_checkpoint is True:
+            newest = newest_complete_checkpoint(self.args.output_dir, self.accelerator.num_processes)
+            if newest is None:
+                raise InputError(f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint.")
+            resume_from_checkpoint = str(newest)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+def check_method(path: Path, state: dict[str, Any], method: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Compare what a state file was saved with to what this run has; a changed setting is logged.
+
+    Args:
+        path (`Path`): The file, for the message.
+        state (`dict`): What stands in it, with the entries `method` and `settings`.
+        method (`dict`): What must be equal.
+        settings (`dict`): What may be changed.
+
+    Raises:
+        `InputError`: the methods differ.
+    """
+    saved = state["method"]
+    differing = [
+        f"{key}: {saved.get(key)!r} there, {value!r} here" for key, value in method.items() if saved.get(key) != value
+    ]
+    if differing:
+        raise InputError(
+            f"{path} belongs to another method ({'; '.join(differing)}). Resume with the recipe that wrote it, or "
+            "start a new run in another output_dir."
+        )
+    for key, value in settings.items():
+        if state["settings"].get(key) != value:
+            logger.warning(
+                "%s was saved with %s %s; the run goes on with %s.", path, key, state["settings"].get(key), value
+            )
+
+
+def state_of(rule: Any, name: str) -> Any:
+    """What a rule wants to be kept: its `state_dict()`, `{}` without one.
+
+    Raises:
+        `InputError`: it cannot be saved.
+    """
+    state = getattr(rule, "state_dict", dict)()
+    try:
+        check_state(state)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"state_dict() of the {name} cannot be saved: {error}") from error
+    return state
