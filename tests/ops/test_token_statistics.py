@@ -7,6 +7,7 @@ from trl.kernels.chunked_logprob import OPTIONAL_OUTPUTS
 from hf_delta._compat.kernels import trl_logps_and_kl
 from hf_delta.ops.token_kl import TokenScores, masked_token_scores, token_logps_and_kl
 from tests.ops.test_token_kl import CASES, TILE, WIDTH, Largest, V, inputs, tiled
+from tests.test_docs import ROOT, code_blocks
 
 
 STATISTICS = TokenScores._fields[3:]
@@ -169,3 +170,11 @@ def test_nothing_as_large_as_the_logits_is_allocated(softcap):
             hidden, weight, torch.arange(256), softcap=softcap, statistics=True, rows=32, columns=512
         ).logps.sum().backward()
     assert 32 * 512 <= largest.elements <= weight.numel()
+
+
+def test_the_example_of_the_documentation_works():
+    scope = {}
+    exec(code_blocks(ROOT / "docs/preference/token_kl.md", "python")[0], scope)
+    scores, mask = scope["scores"], scope["mask"] == 1
+    assert scores.kl.shape == (2, 6) and scores.kl[~mask].eq(0).all() and scores.kl[mask].gt(0).all()
+    assert scope["hidden"].grad[mask].ne(0).any(-1).all() and 0 <= scope["accuracy"] <= 1
