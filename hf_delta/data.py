@@ -13,7 +13,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from hf_delta.errors import InputError
-from hf_delta.preference.rows import USES
+from hf_delta.preference.uses import USES
 from hf_delta.recipe.arguments import DataArguments
 from hf_delta.recipe.fields import suggest
 from hf_delta.recipe.rewards import columns_needed
@@ -50,7 +50,7 @@ def load_train_rows(args: DataArguments, use: str, cache_dir: Path, rewards: Seq
 
     Args:
         args ([`DataArguments`]): Data keys of the recipe.
-        use (`str`): `sft` or `grpo`, or for DPO what [`~hf_delta.preference.rows.preference_use`] says.
+        use (`str`): `sft` or `grpo`, or for DPO what [`~hf_delta.preference.uses.preference_use`] says.
         cache_dir (`Path`): Where the converted local files go.
         rewards (`Sequence[Callable]`): Reward functions, whose columns must not be empty either.
 
