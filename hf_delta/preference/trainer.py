@@ -10,6 +10,14 @@ from datasets import IterableDataset
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from hf_delta.preference.checks import (
+    check_models,
+    check_plain_config,
+    check_rows,
+    data_sets,
+    needed_columns,
+    prepared,
+)
 from hf_delta.preference.collate import DataCollatorWithColumns
 from hf_delta.preference.config import DeltaDPOConfig
 from hf_delta.preference.contrast import add_contrast_weights
@@ -19,7 +27,6 @@ from hf_delta.preference.lists import LIST_LOSSES, into_lists
 from hf_delta.preference.losses import PAIR_LOSSES, completion_scores
 from hf_delta.preference.metrics import list_metrics, mask_metrics, mean_of, means, pair_metrics
 from hf_delta.preference.resume import ResumableDPO
-from hf_delta.preference.rows import check_models, check_plain_config, check_rows, data_sets, needed_columns, prepared
 from hf_delta.preference.scoring import ScoredTokens
 from hf_delta.preference.snapshots import TokenSnapshots, examples_of, prompt_texts
 from hf_delta.preference.weights import TokenTerms
