@@ -55,9 +55,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_pairs(commands)
 
-    plot = _command(commands, "plot", _plot, "draw the curves of a run")
+    plot = _command(commands, "plot", _plot, "draw the curves of a run, and its token weights if it has any")
     plot.add_argument("run_dir", help="output_dir of a run")
-    plot.add_argument("--out", help="PNG to write (default: curves.png in RUN_DIR)")
+    plot.add_argument("--out", help="picture to write, .png, .pdf or .svg (default: curves.png in RUN_DIR)")
     return parser
 
 
@@ -221,9 +221,10 @@ def _report_path(arguments: argparse.Namespace) -> Path:
 
 
 def _plot(arguments: argparse.Namespace) -> None:
-    from hf_delta.plot import plot_run
+    from hf_delta.plot import plot_pictures
 
-    print(f"Curves in {plot_run(arguments.run_dir, arguments.out)}")
+    for name, path in plot_pictures(arguments.run_dir, arguments.out).items():
+        print(f"{name} in {path}")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
+from hf_delta.cli import main
 from hf_delta.errors import InputError
 from hf_delta.evaluation.report import Problem, Report
-from hf_delta.plot import plot_run, run_figure
+from hf_delta.plot import plot_pictures, plot_run, plot_token_weights, run_figure
+from hf_delta.plot.tokens import texts_of, token_figure
+from hf_delta.preference.snapshots import Example, TokenSnapshots, read_snapshots
 
 
 def grpo_log(steps):
@@ -267,3 +271,172 @@ def test_reports_that_do_not_belong_together(tmp_path):
     write_report(tmp_path, "after", {"all": [3, 4]}, fingerprint="g")
     with pytest.raises(InputError, match="of different problems"):
         plot_run(tmp_path)
+
+
+def example(side, tokens, reward, kl=None, pair=0, prompt="2+2="):
+    return Example(prompt, side, pair, tokens, reward, kl)
+
+
+def write_weights(run_dir, *snapshots, rule="sparse_po"):
+    run_dir.mkdir(parents=True, exist_ok=True)
+    writer = TokenSnapshots(run_dir / "token_weights.json", rule)
+    for step, examples in snapshots:
+        writer.add(step, examples)
+    return run_dir
+
+
+def drawn(run_dir):
+    """The texts that are drawn in the axes of tokens, and the boxes with a colour, from the top."""
+    texts = texts_of(read_snapshots(run_dir / "token_weights.json")[1])
+    axes = token_figure(texts, "title").axes[0]
+    boxes = [(patch.get_xy(), patch.get_width(), patch.get_facecolor()[:3]) for patch in axes.patches]
+    return [text.get_text() for text in axes.texts], boxes
+
+
+def blue(share):
+    return pytest.approx(colormaps["Blues"](float(share))[:3], abs=0.03)
+
+
+def test_token_weights_of_the_first_and_the_last_snapshot(tmp_path):
+    old, new = ["4", "<eos>"], [" 5", "\n", "x"]
+    write_weights(
+        tmp_path,
+        (1, [example("chosen", old, [1.0, 1.0], [1.0, 1.0]), example("rejected", new, [0.5] * 3, [0.5] * 3)]),
+        (5, [example("chosen", old, [9.0, 9.0], [9.0, 9.0])]),
+        (9, [example("chosen", old, [0.0, 2.0], [0.5, 0.5]), example("rejected", new, [0.0] * 3, [0.0] * 3)]),
+    )
+    texts, boxes = drawn(tmp_path)
+    assert texts == [
+        *("pair 1, chosen", "2+2=", "both, step 1", "4", "<eos>", "reward, step 9", "4", "<eos>", "KL, step 9", "4", "<eos>"),
+        *("pair 1, rejected", "2+2=", "both, step 1", "·5", "↵", "x", "both, step 9", "·5", "↵", "x"),
+    ]  # fmt: skip
+    # One scale for all, from 0 to the largest that is drawn.
+    shares = [0.5, 0.5, 0, 1, 0.25, 0.25, 0.25, 0.25, 0.25, 0, 0, 0]
+    assert [colour for *_, colour in boxes] == [blue(share) for share in shares]
+    # A box stands beside the one before it, below what was drawn, and in a new line after a line break.
+    (four, end), (five, line_break, x) = boxes[:2], boxes[6:9]
+    assert (four[0][0], end[0][0], four[1], end[1]) == (0, 1, 1, 5) and four[0][1] == end[0][1]
+    assert (line_break[0], x[0]) == ((2, five[0][1]), (0, five[0][1] + 1))
+    assert sorted(place[1] for place, *_ in boxes) == [place[1] for place, *_ in boxes]
+
+
+def test_completions_of_one_snapshot_only_come_with_it(tmp_path):
+    write_weights(
+        tmp_path,
+        (1, [example("chosen", ["a"], [1.0]), example("rejected", ["b"], [1.0])]),
+        (2, [example("chosen", ["c"], [0.5]), example("rejected", ["b"], [0.5])]),
+    )
+    texts, _ = drawn(tmp_path)
+    assert [text for text in texts if text not in ("2+2=",)] == [
+        *("pair 1, chosen", "step 2", "c", "pair 1, rejected", "step 1", "b", "step 2", "b"),
+        *("pair 1, chosen", "step 1", "a"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [
+        ([0.0, 0.0], [0, 0]),
+        ([1.0, 1.0], [1, 1]),
+        ([3.0, 1.5], [1, 0.5]),
+        # Close together: the scale begins at the least.
+        ([0.7, 1.0, 1.3], [0, 0.5, 1]),
+        # Equal but for rounding.
+        ([1.0, 0.9999], [1, 0.9999]),
+        # One that is far above all others.
+        ([1e6, *np.linspace(0, 1, 201).tolist()], [1, *np.linspace(0, 1, 201)]),
+    ],
+)
+def test_the_scale_of_token_weights(tmp_path, weights, shares):
+    write_weights(tmp_path, (1, [example("chosen", ["x"] * len(weights), list(weights))]))
+    _, boxes = drawn(tmp_path)
+    assert [colour for *_, colour in boxes] == [blue(share) for share in shares]
+
+
+def test_weights_that_are_no_numbers_are_grey(tmp_path):
+    write_weights(tmp_path, (1, [example("chosen", ["x", "y"], [None, 1.0])]))
+    _, boxes = drawn(tmp_path)
+    assert [colour for *_, colour in boxes] == [pytest.approx(to_rgb("#CCCCCC")), blue(1.0)]
+    write_weights(tmp_path / "all", (1, [example("chosen", ["x"], [None])]))
+    assert plot_token_weights(tmp_path / "all").is_file()
+
+
+def test_long_completions_end_with_an_ellipsis(tmp_path):
+    tokens = ["word "] * 300
+    write_weights(tmp_path, (1, [example("chosen", tokens, [1.0] * 300, prompt="p" * 500 + "end")]))
+    texts, boxes = drawn(tmp_path)
+    # 22 words of 5 cells in each of 6 lines of 110.
+    assert len(boxes) == 132 and texts[-1] == "… and 168 more tokens"
+    assert len(texts[1]) == 110 and texts[1].startswith("…p") and texts[1].endswith("end")
+    assert len({place[1] for place, *_ in boxes}) == 6 and max(place[0] + width for place, width, _ in boxes) == 110
+
+
+def test_any_token_can_be_drawn(tmp_path, recwarn):
+    odd = [
+        "日本",
+        "e\u0301",
+        "\u0301",
+        "\ud800",
+        "\x00",
+        "🙂",
+        "مرحبا",
+        "\n\n",
+        "\t",
+        "",
+        "$",
+        r"$\frac{",
+        "^_{}",
+        "x" * 300,
+    ]
+    write_weights(tmp_path, (1, [example("chosen", odd, [0.5] * len(odd), prompt=r"$\bad{ 日本")]))
+    texts, boxes = drawn(tmp_path)
+    shown = [
+        "日本",
+        "é",
+        "◌\u0301",
+        "\ufffd",
+        "\ufffd",
+        "🙂",
+        "مرحبا",
+        "↵↵",
+        "⇥",
+        "∅",
+        "$",
+        r"$\frac{",
+        "^_{}",
+        "x" * 109 + "…",
+    ]
+    assert texts == ["pair 1, chosen", r"$\bad{·日本", "step 1", *shown]
+    assert [width for _, width, _ in boxes] == [4, 1, 1, 1, 1, 2, 5, 2, 1, 1, 1, 7, 4, 110]
+    for name in ("a.png", "a.svg", "a.pdf"):
+        assert plot_token_weights(tmp_path, tmp_path / name).stat().st_size > 1000
+    assert not [warning for warning in recwarn if "lyph" in str(warning.message)]
+
+
+def test_plot_draws_the_token_weights_of_a_run(tmp_path, capsys):
+    run = write_weights(tmp_path / "run", (1, [example("chosen", ["a", "b"], [0.0, 1.0])]))
+    # Before the first checkpoint nothing else is there.
+    assert main(["plot", str(run)]) in (None, 0)
+    assert capsys.readouterr().out.splitlines() == [f"Token weights in {run / 'token_weights.png'}"]
+    assert imread(run / "token_weights.png").std() > 0.05
+    write_state(run, grpo_log(3))
+    assert plot_pictures(run) == {"Curves": run / "curves.png", "Token weights": run / "token_weights.png"}
+    beside = plot_pictures(run, tmp_path / "mine.svg")
+    assert beside == {"Curves": tmp_path / "mine.svg", "Token weights": tmp_path / "mine_token_weights.svg"}
+    assert all(path.is_file() for path in beside.values())
+    write_state(tmp_path / "plain", grpo_log(3))
+    assert list(plot_pictures(tmp_path / "plain")) == ["Curves"]
+    with pytest.raises(InputError, match="Nothing to plot"):
+        plot_pictures(tmp_path / "none")
+
+
+def test_token_weights_that_cannot_be_drawn(tmp_path):
+    write_state(tmp_path, grpo_log(3))
+    (tmp_path / "token_weights.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no token weights of hf_delta. Move it out of the directory"):
+        plot_pictures(tmp_path)
+    run = write_weights(tmp_path / "empty", (1, [example("chosen", [], [])]))
+    with pytest.raises(InputError, match="holds no tokens yet"):
+        plot_token_weights(run)
+    with pytest.raises(InputError, match="must end in .png"):
+        plot_token_weights(run, tmp_path / "tokens.jpeg")

@@ -13,11 +13,15 @@ from hf_delta.errors import InputError
 from hf_delta.plot.curriculum import curriculum_panels
 from hf_delta.plot.evaluation import evaluation_panels
 from hf_delta.plot.history import History, newest_log
-from hf_delta.plot.panel import STEP
+from hf_delta.plot.panel import STEP, check_format
 from hf_delta.plot.training import training_panels
 
 
 CURVES = "curves.png"
+
+
+class NothingToPlot(InputError):
+    """A directory without a single logged value and without an evaluation."""
 
 
 def plot_run(run_dir: str | Path, out: str | Path | None = None) -> Path:
@@ -35,8 +39,7 @@ def plot_run(run_dir: str | Path, out: str | Path | None = None) -> Path:
         InputError: if there is nothing to draw, a report is damaged, or the suffix is no format.
     """
     out = Path(run_dir) / CURVES if out is None else Path(out)
-    if out.suffix not in (".png", ".pdf", ".svg"):
-        raise InputError(f"Cannot draw {out}: the name must end in .png, .pdf or .svg.")
+    check_format(out)
     figure = run_figure(run_dir)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
@@ -53,7 +56,7 @@ def run_figure(run_dir: str | Path) -> Figure:
     history = History(newest_log(run_dir))
     panels = [*training_panels(history), *curriculum_panels(history), *evaluation_panels(run_dir)]
     if not panels:
-        raise InputError(
+        raise NothingToPlot(
             f"Nothing to plot in {run_dir}: looked for logged values in trainer_state.json there and in its checkpoint-*, "
             "and for eval_before.json and eval_after.json."
         )

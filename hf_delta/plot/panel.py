@@ -1,9 +1,12 @@
-"""One set of axes of the picture."""
+"""One set of axes of the picture, and the files that it can be drawn to."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from matplotlib.axes import Axes
+
+from hf_delta.errors import InputError
 
 
 STEP = "optimizer step"
@@ -18,3 +21,13 @@ class Panel:
     draw: Callable[[Axes], None]
     xlabel: str = STEP
     grid: bool = True
+
+
+def check_format(out: Path) -> None:
+    """Refuse a name whose suffix is no format that we draw.
+
+    Raises:
+        InputError: it is none.
+    """
+    if out.suffix not in (".png", ".pdf", ".svg"):
+        raise InputError(f"Cannot draw {out}: the name must end in .png, .pdf or .svg.")
