@@ -11,7 +11,7 @@ from torch import nn
 from hf_delta.errors import InputError
 
 
-# Ends of module names. The first four hold a projection whose output is meant, the next two one whose input is.
+# Ends of module names: of projections whose output is meant, and of those whose input is.
 _OUTPUTS = {"q": ("q_proj",), "k": ("k_proj",), "v": ("v_proj",)}
 _INPUTS = {
     "mlp": ("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc_out", "mlp.fc2"),

@@ -21,7 +21,8 @@ class HiddenStateModule(nn.Module):
     """A module whose parameters are trained with those of the model that it is part of, and left out of its `state_dict`.
 
     No checkpoint, `save_pretrained` or push of the model around it ever holds them, and loading expects none. They are in
-    [`mask_state`] instead. Modules inside of it must be of this class as well.
+    [`mask_state`] instead, and stay where they are when that model is moved to the `meta` device. Modules inside of it that have
+    parameters must be of this class as well.
     """
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
@@ -29,6 +30,10 @@ class HiddenStateModule(nn.Module):
 
     def _load_from_state_dict(self, *args, **kwargs):
         pass
+
+    def _apply(self, fn, recurse=True):
+        # Accelerate's FSDP2 empties a model and fills it from its state dict, which would leave these parameters empty.
+        return self if fn(torch.empty(0)).is_meta else super()._apply(fn, recurse)
 
     def mask_state(self) -> dict[str, torch.Tensor]:
         """Whole copies of all parameters on the CPU, by name. Collective where they are sharded."""

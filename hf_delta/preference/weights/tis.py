@@ -28,7 +28,9 @@ class TISDPOWeights(ColumnWeights):
         super().__init__(kl=False)
         self.contrast = None
         if (positive is None) != (negative is None):
-            raise InputError("tis_dpo: positive and negative are two models that are compared; write both, or neither.")
+            raise InputError(
+                "tis_dpo: positive and negative are two models that are compared; write both, or neither."
+            )
         if positive is not None:
             if unknown := transform.keys() - {"low", "high", "scale"}:
                 raise InputError(f"tis_dpo: there is no {', '.join(sorted(unknown))}; it takes low, high and scale.")
