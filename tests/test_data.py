@@ -1,6 +1,8 @@
 """Rows from files and the Hub: what is loaded, renamed, numbered and wrapped."""
 
+import importlib
 import json
+import re
 
 import datasets
 import pytest
@@ -8,6 +10,8 @@ from datasets import Dataset
 
 from hf_delta.data import CACHE, Source, as_conversation, check_rows, load_eval_rows, load_train_rows
 from hf_delta.errors import InputError
+from hf_delta.preference.lists import LIST_LOSSES
+from hf_delta.preference.uses import USES, preference_use
 from hf_delta.recipe.arguments import DataArguments
 
 
@@ -164,6 +168,9 @@ def test_conversations():
         "rejected": [{"role": "assistant", "content": "y"}],
     }
     assert as_conversation({"prompt": [user]}, "s") == {}
+    said = [[{"role": "assistant", "content": text}] for text in "xy"]
+    assert as_conversation({"prompt": [user], "completions": ["x", "y"]}) == {"completions": said}
+    assert as_conversation({"completions": said}) == {"completions": said}
 
 
 def test_conversational_rows_reach_the_trainer_as_messages(tmp_path):
@@ -200,6 +207,75 @@ def test_evaluation_rows_are_loaded_only_for_a_use(tmp_path):
         load_eval_rows(args, ["evaluation", "dpo"], tmp_path)
 
 
+PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
+WEIGHTED = {**PAIR, "chosen_weights": [1.0, 0.5], "rejected_weights": [1.0]}
+LISTED = {"prompt": "p", "completions": ["a", "b", "c"], "scores": [1, 0.5, 0.0]}
+
+
+@pytest.mark.parametrize(
+    ("use", "good", "changes", "said"),
+    [
+        ("dpo", PAIR, {"rejected": "a"}, "row 2: 'chosen' and 'rejected' are equal"),
+        ("dpo", {**PAIR, "prompt": [USER]}, {}, "row 1: one of 'prompt' and 'chosen' is text and the other messages"),
+        ("dpo_weights", WEIGHTED, {"chosen_weights": [1.0, -1.0]}, "row 2: 'chosen_weights[1]' is -1.0"),
+        ("dpo_weights", WEIGHTED, {"rejected_weights": []}, "row 2 has no 'rejected_weights'"),
+        ("dpo_weights", WEIGHTED, {"rejected": "a"}, "row 2: 'chosen' and 'rejected' are equal"),
+        ("dpo_lists", LISTED, {"completions": ["a"]}, "row 2: 'completions' must be a list of 2 or more, got 1"),
+        ("dpo_lists", LISTED, {"completions": []}, "row 2 has no 'completions'"),
+        ("dpo_lists", LISTED, {"scores": [1.0, None, 0.0]}, "row 2: 'scores[1]' is None"),
+        ("dpo_lists", LISTED, {"scores": None}, "row 2 has neither of 'scores' and 'ranks'"),
+        ("dpo_labelled_lists", LISTED, {"scores": [0.0, 1.0, 1.5]}, "row 2: 'scores[2]' is 1.5; without rescaling"),
+    ],
+)
+def test_bad_rows_of_preferences_are_named(tmp_path, use, good, changes, said):
+    fine, bad = write(tmp_path / "fine.jsonl", [LISTED | WEIGHTED] * 3), [good, {**good, **changes}]
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, use, train_file=[fine, write(tmp_path / "rows.jsonl", bad)])
+    assert f"rows.jsonl, {said}" in str(caught.value) or f"rows.jsonl: {said}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("use", "row", "said"),
+    [
+        ("dpo", LISTED, "trainer dpo needs prompt, chosen, rejected or chosen, rejected. Rows with completions need"),
+        (
+            "dpo_weights",
+            LISTED,
+            "weights from columns needs prompt, chosen, rejected, chosen_weights, rejected_weights or",
+        ),
+        ("dpo_weights", PAIR, "Map them with dataset_columns"),
+        ("dpo_lists", PAIR, "a list loss needs prompt, completions. Make lists of pairs with"),
+        ("dpo_labelled_lists", {"prompt": "p", "completion": "a", "score": 1.0}, "Make lists of samples with"),
+        ("dpo_lists", {"prompt": "p", "answers": ["a", "b"]}, "Map them with dataset_columns"),
+    ],
+)
+def test_rows_of_another_kind_of_loss_say_what_to_do(tmp_path, use, row, said):
+    with pytest.raises(InputError) as caught:
+        load(tmp_path, use, train_file=write(tmp_path / "rows.jsonl", [row]))
+    assert said in str(caught.value)
+
+
+def test_what_to_do_about_lists_can_be_done():
+    for remedy in (remedy for use in USES.values() for remedy in use.remedies.values()):
+        for path in re.findall(r"hf_delta[\w.]+", remedy):
+            module, _, name = path.strip(".").rpartition(".")
+            assert callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize("loss", [*LIST_LOSSES, "sigmoid", "sparse_po", "sigmoid_norm"])
+def test_losses_say_what_rows_they_take(loss):
+    uses = [
+        preference_use([loss], weights=weights, rescale=rescale)
+        for weights in (False, True)
+        for rescale in (False, True)
+    ]
+    if loss in LIST_LOSSES:
+        assert uses == ["dpo_labelled_lists", "dpo_lists"] * 2
+    else:
+        assert uses == ["dpo", "dpo", "dpo_weights", "dpo_weights"]
+    assert preference_use([loss, "sft"]) == preference_use([loss])
+
+
 @pytest.mark.parametrize(
     ("trainer", "row"),
     [
@@ -207,7 +283,10 @@ def test_evaluation_rows_are_loaded_only_for_a_use(tmp_path):
         ("sft", {"messages": [{"role": "user", "content": "a"}]}),
         ("sft", {"prompt": "a", "completion": "b"}),
         ("dpo", {"chosen": "p a", "rejected": "p b"}),
-        ("dpo_weights", {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_weights": [1, 2], "rejected_weights": 0.5}),
+        (
+            "dpo_weights",
+            {"prompt": "p", "chosen": "a", "rejected": "b", "chosen_weights": [1, 2], "rejected_weights": 0.5},
+        ),
         ("dpo_weights", {"chosen": "p a", "rejected": "p b", "chosen_weights": 1, "rejected_weights": 0.5}),
         ("dpo_lists", {"prompt": "p", "completions": ["a", "b"], "scores": [3, -4]}),
         ("dpo_labelled_lists", {"prompt": "p", "completions": ["a", "b"], "ranks": [3, 1]}),

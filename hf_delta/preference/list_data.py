@@ -9,34 +9,50 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from datasets import IterableDataset
 
 from hf_delta.errors import InputError
 
 
-def check_list_rows(rows: Iterable[Mapping[str, Any]], source: str = "the dataset", *, rescale: bool = True) -> None:
+Rows = TypeVar("Rows", bound=Iterable[Mapping[str, Any]])
+
+
+def check_list_rows(rows: Rows, source: str = "the dataset", *, rescale: bool = True) -> Rows:
     """Refuse the first row that is no list.
 
     Args:
-        rows (iterable of `dict`): A `datasets.Dataset` will do.
+        rows (`Dataset`, `IterableDataset`, or iterable of `dict`): Rows.
         source (`str`, *optional*): What to call them in messages.
         rescale (`bool`, *optional*, defaults to `True`): See [`add_labels`].
+
+    Returns:
+        The rows; of an `IterableDataset` another one, which checks the rows as they come by.
 
     Raises:
         `InputError`: with the number of the row, counted from 1, and the key: no prompt; fewer than 2 completions; an empty
             one, one that is there twice, one that is no text or messages; neither or both of `scores` and `ranks`, not one
             for each completion, one that is not a finite number, or, without `rescale`, a score outside [0, 1].
     """
-    number = 0
-    for number, row in enumerate(rows, start=1):
-        where = f"{source}, row {number}"
-        check_prompt(row, where)
-        _check_completions(row, where)
-        _check_values(row, where, rescale)
-    if not number:
+    if isinstance(rows, IterableDataset):
+        options = {"source": source, "rescale": rescale}
+        return rows.map(_checked, with_indices=True, fn_kwargs=options, features=rows.features)
+    index = -1
+    for index, row in enumerate(rows):
+        _checked(row, index, source, rescale)
+    if index < 0:
         raise InputError(f"{source} has no rows.")
+    return rows
+
+
+def _checked(row: Mapping[str, Any], index: int, source: str, rescale: bool) -> Mapping[str, Any]:
+    where = f"{source}, row {index + 1}"
+    check_prompt(row, where)
+    _check_completions(row, where)
+    _check_values(row, where, rescale)
+    return row
 
 
 def list_labels(scores: Sequence[float]) -> list[float]:

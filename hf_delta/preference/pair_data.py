@@ -1,8 +1,8 @@
 """Rows with pairs of completions: what is refused, the weights of their tokens, and a key for each sample."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset, Value
 
 from hf_delta.errors import InputError
 from hf_delta.ids import digests
-from hf_delta.preference.list_data import check_prompt, check_text, is_number
+from hf_delta.preference.list_data import Rows, check_prompt, check_text, is_number
 
 
 # Column of weights -> column of the tokens that it weighs.
@@ -21,8 +21,6 @@ SAMPLE_KEY = "sample_key"
 # What makes a sample, out of the columns of pairs and of lists.
 _CONTENT = ("prompt", "chosen", "rejected", "completions")
 _BATCH = 1000
-
-Rows = TypeVar("Rows", bound=Iterable[Mapping[str, Any]])
 
 
 def check_pair_rows(rows: Rows, source: str = "the dataset", *, weights: bool = False) -> Rows:

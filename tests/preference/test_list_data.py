@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from datasets import Dataset
 
 from hf_delta.errors import InputError
 from hf_delta.preference.list_convert import lists_from_pairs, lists_from_scored
@@ -32,6 +33,18 @@ class TestChecks:
         as_loaded = {**ROW, "completions": ["a", "b"], "scores": None, "ranks": [1, 1]}
         check_list_rows(iter([ROW, CHAT, as_loaded]))
         check_list_rows([{**ROW, "scores": [0, 0.5, 1]}, CHAT], rescale=False)
+        dataset = Dataset.from_list([ROW, ROW])
+        assert check_list_rows(dataset) is dataset
+        assert list(check_list_rows(dataset.to_iterable_dataset())) == list(dataset)
+
+    def test_streams_are_checked_as_they_come_by(self):
+        stream = Dataset.from_list([ROW, {**ROW, "scores": [1.0, 1.0, math.nan]}]).to_iterable_dataset()
+        rows = iter(check_list_rows(stream, "mine"))
+        assert next(rows) == ROW
+        with pytest.raises(InputError, match=r"^mine, row 2: 'scores\[2\]' is nan"):
+            next(rows)
+        with pytest.raises(InputError, match=r"row 1: 'scores\[2\]' is -2.0; without rescaling"):
+            next(iter(check_list_rows(stream, rescale=False)))
 
     @pytest.mark.parametrize(
         "change, message",

@@ -136,7 +136,7 @@ class TestChecks:
         """Every column of random rows as a whole, against row by row."""
         draw = random.Random(0)
         refused = 0
-        for _ in range(300):
+        for _ in range(100):
             rows = [
                 {
                     **{
@@ -161,7 +161,7 @@ class TestChecks:
                     said.append(str(error))
             assert said[0] == said[1] == said[2]
             refused += said[0] is not None
-        assert 50 < refused < 250
+        assert 20 < refused < 80
 
     def test_good_texts_and_numbers_are_not_looked_at_one_by_one(self, monkeypatch):
         dataset = Dataset.from_list([{**TEXT, **WEIGHTS}] * 3)
@@ -227,17 +227,15 @@ class TestSampleKeys:
         assert with_sample_keys(dataset, column).features["sample_key"].dtype == "int64"
         assert with_sample_keys(dataset.to_iterable_dataset(), column).features["sample_key"].dtype == "int64"
 
-    @pytest.mark.parametrize(
-        "row", [TEXT, CHAT, {"prompt": "p", "completions": ["a", "b"]}], ids=["text", "chat", "list"]
-    )
-    def test_another_process_gives_the_same(self, row):
+    def test_another_process_gives_the_same(self):
+        rows = [TEXT, CHAT, {"prompt": "p", "completions": ["a", "b"]}]
         code = (
-            "import json, sys; from datasets import Dataset; from hf_delta.preference.pair_data import with_sample_keys;"
-            f"d = with_sample_keys(Dataset.from_list([{row!r}])); print(d[0]['sample_key'], d._fingerprint)"
+            "from datasets import Dataset; from hf_delta.preference.pair_data import with_sample_keys\n"
+            f"for row in {rows!r}:\n    d = with_sample_keys(Dataset.from_list([row])); print(d[0]['sample_key'], d._fingerprint)"
         )
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-        dataset = with_sample_keys(Dataset.from_list([row]))
-        assert found == [str(dataset[0]["sample_key"]), dataset._fingerprint]
+        here = [with_sample_keys(Dataset.from_list([row])) for row in rows]
+        assert found == [text for dataset in here for text in (str(dataset[0]["sample_key"]), dataset._fingerprint)]
 
     @pytest.mark.parametrize("key", ["prompt", "chosen", "rejected"])
     def test_what_a_row_says_is_its_key(self, key):
