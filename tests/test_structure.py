@@ -10,12 +10,14 @@ import pytest
 
 from hf_delta._compat import peft as peft_compat
 from hf_delta._compat import trl as compat
+from hf_delta._compat import trl_dpo
 
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_delta"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 UPSTREAM = ("trl", "peft", "transformers", "accelerate")
+TRL_NAMES = {*compat.ATTRIBUTES, *compat.SEAMS, *trl_dpo.ATTRIBUTES, *trl_dpo.SEAMS}
 PEFT_NAMES = {*peft_compat.TUNER_SEAMS, *peft_compat.LAYER_SEAMS, *peft_compat.ATTRIBUTES}
 
 # Pure functions: tensors in, tensors out. They may import torch and numpy, and one another.
@@ -127,9 +129,9 @@ def test_private_upstream_names_stand_in_compat_only(path):
     own |= {a.attr for a in attributes if isinstance(a.ctx, ast.Store)}
     # Class attributes that TRL documents for subclasses.
     own |= {"_tag_names", "_name", "_paper", "_template_file"}
-    own -= {*compat.ATTRIBUTES, *compat.SEAMS, *PEFT_NAMES}
+    own -= {*TRL_NAMES, *PEFT_NAMES}
     strings = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)}
-    assert not strings & {*compat.ATTRIBUTES, *compat.SEAMS, *PEFT_NAMES}
+    assert not strings & {*TRL_NAMES, *PEFT_NAMES}
     assert not {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)} & PEFT_NAMES
     # argparse gives the type of sub-parsers no public name.
     foreign = [a for a in attributes if a.attr.startswith("_") and ast.unparse(a.value) != "argparse"]

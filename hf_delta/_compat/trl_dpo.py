@@ -9,6 +9,7 @@ import torch
 from accelerate.utils import is_peft_model
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
 from hf_delta._compat.kernels import head_arguments
@@ -18,6 +19,8 @@ from hf_delta._compat.trl import require_supported_trl
 from hf_delta._compat.trl_lists import prepare_lists
 from hf_delta._compat.trl_state import ExtraState
 
+
+__all__ = ["ATTRIBUTES", "DPO_LOSS_TYPES", "SEAMS", "DPOHooks", "DataCollatorForPreference"]
 
 require_supported_trl()
 

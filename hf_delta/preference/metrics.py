@@ -81,7 +81,7 @@ def list_metrics(
 def mask_metrics(terms: TokenTerms, mask: torch.Tensor) -> dict[str, Share]:
     """Mean of token weights, and the share of them that is exactly 0."""
     found = {}
-    for name, weights in terms._asdict().items():
+    for name, weights in {"reward": terms.reward, "kl": terms.kl}.items():
         if weights is not None:
             found |= {
                 f"weights/{name}_mean": mean_of(weights, mask),

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from trl import DPOTrainer
-from trl.trainer.dpo_trainer import DataCollatorForPreference
 
+from hf_delta._compat.trl_dpo import DataCollatorForPreference
 from hf_delta.preference.checks import (
     check_models,
     check_plain_config,
