@@ -62,6 +62,43 @@ def test_rows(tmp_path, playground, capsys, lines, said):
     assert said in refusal(tmp_path, content, capsys)
 
 
+PAIR = {"prompt": "1+1:", "chosen": "2", "rejected": "3"}
+WEIGHTED = {**PAIR, "chosen_weights": [1.0, 0.5], "rejected_weights": 0.5}
+LISTED = {"prompt": "1+1:", "completions": ["2", "3"], "scores": [1.0, 0.0]}
+COLUMNS = {"token_weights": "columns"}
+LISTS = {"loss_type": "lipo_lambda"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "good", "bad", "said"),
+    [
+        ({}, PAIR, {"rejected": "2"}, "rows.jsonl, row 2: 'chosen' and 'rejected' are equal; remove the row"),
+        ({}, PAIR, {"chosen": ""}, "rows.jsonl: row 2 has no 'chosen'"),
+        (COLUMNS, WEIGHTED, {"chosen_weights": [1.0, -1.0]}, "rows.jsonl, row 2: 'chosen_weights[1]' is -1.0"),
+        (COLUMNS, WEIGHTED, {"rejected_weights": None}, "rows.jsonl: row 2 has no 'rejected_weights'"),
+        (
+            COLUMNS,
+            WEIGHTED,
+            {"chosen_weights": [1.0, 0.5, 2.0]},
+            "train_dataset, row 2 (prompt '1+1:'): 'chosen_weights' has 3 numbers, and 'chosen' 2 tokens",
+        ),
+        (COLUMNS, PAIR, {}, "needs prompt, chosen, rejected, chosen_weights, rejected_weights"),
+        (
+            LISTS,
+            LISTED,
+            {"completions": ["2"], "scores": [1.0]},
+            "rows.jsonl, row 2: 'completions' must be a list of 2",
+        ),
+        (LISTS, LISTED, {"scores": [1.0, None]}, "rows.jsonl, row 2: 'scores[1]' is None"),
+        (LISTS, PAIR, {}, "Make lists of pairs with hf_delta.preference.list_convert.lists_from_pairs"),
+        ({}, LISTED, {}, "Rows with completions need a loss_type for lists: lipo_lambda"),
+    ],
+)
+def test_rows_of_preferences(tmp_path, playground, capsys, changes, good, bad, said):
+    file = rows(tmp_path, [good, {**good, **bad}])
+    assert said in refusal(tmp_path, keys("dpo", playground, tmp_path / "out", train_file=file, **changes), capsys)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
