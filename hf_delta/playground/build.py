@@ -21,7 +21,7 @@ from hf_delta.playground.tasks import Task, load_task
 from hf_delta.playground.tokenizer import build_tokenizer
 
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "playground.json"
 
 

@@ -1,11 +1,13 @@
-"""The data files of a playground: training and held-out problems, demonstrations and preferences."""
+"""The data files of a playground: training and held-out problems, demonstrations, preferences and lists."""
 
 import json
 from itertools import cycle, islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from hf_delta.errors import InputError
+from hf_delta.playground.lists import listed, token_weights
 from hf_delta.playground.rewards import playground_reward
 from hf_delta.playground.tasks import Problem, Task
 from hf_delta.playground.tokenizer import MAX_LENGTH
@@ -19,7 +21,7 @@ DRAWS_PER_ROW = 64
 
 
 def write_data(directory: Path, task: Task, seed: int) -> dict[str, int]:
-    """Writes `train.jsonl`, `eval.jsonl`, `sft.jsonl` and `preference.jsonl`.
+    """Writes `train.jsonl`, `eval.jsonl`, `sft.jsonl`, `preference.jsonl` and `lists.jsonl`.
 
     Only `eval.jsonl` has held-out problems. A level with fewer problems than rows repeats them in `train.jsonl`, so
     that levels are uniform there; the other files hold no problem twice.
@@ -47,7 +49,11 @@ def write_data(directory: Path, task: Task, seed: int) -> dict[str, int]:
         "train.jsonl": [_row(task, p, answer=p.answer) for p in train],
         "eval.jsonl": [_row(task, p, answer=p.answer) for p in evaluation],
         "sft.jsonl": [_row(task, p, completion=p.careful) for p in demonstrated],
-        "preference.jsonl": [_row(task, p, chosen=p.careful, rejected=p.sloppy) for p in judged],
+        "preference.jsonl": [_row(task, p, **_pair(p)) for p in judged],
+        # Random numbers of its own, so that the other files do not depend on what is drawn for lists.
+        "lists.jsonl": [
+            _row(task, p, **columns) for p, columns in listed(judged, Random(f"{task.name} lists {seed}"))
+        ],
     }
     for name, content in rows.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
@@ -89,7 +95,12 @@ def _check(task: Task, problem: Problem, level: str) -> None:
             raise InputError(f"{where}: prompt and response must be shorter than {MAX_LENGTH} characters.")
 
 
-def _row(task: Task, problem: Problem, **columns: str) -> dict[str, str]:
+def _pair(problem: Problem) -> dict[str, Any]:
+    pair = {"chosen": problem.careful, "rejected": problem.sloppy}
+    return pair | {f"{side}_weights": token_weights(response) for side, response in pair.items()}
+
+
+def _row(task: Task, problem: Problem, **columns: Any) -> dict[str, Any]:
     prompt_id = f"{task.name}/{problem.level}/{problem.expression}"
     return {"prompt": problem.prompt, **columns, "level": problem.level, "prompt_id": prompt_id}
 

@@ -22,7 +22,16 @@ COLUMNS = {
     "train.jsonl": ["prompt", "answer", "level", "prompt_id"],
     "eval.jsonl": ["prompt", "answer", "level", "prompt_id"],
     "sft.jsonl": ["prompt", "completion", "level", "prompt_id"],
-    "preference.jsonl": ["prompt", "chosen", "rejected", "level", "prompt_id"],
+    "preference.jsonl": [
+        "prompt",
+        "chosen",
+        "rejected",
+        "chosen_weights",
+        "rejected_weights",
+        "level",
+        "prompt_id",
+    ],
+    "lists.jsonl": ["prompt", "completions", "scores", "level", "prompt_id"],
 }
 LEVELS = [f"add{digits}" for digits in range(1, 7)]
 
@@ -63,6 +72,36 @@ def test_demonstrations_are_right_and_rejected_answers_wrong(playground):
         rewards = playground_reward([row[column] for row in rows], [total(row["prompt"]) for row in rows])
         assert rewards == [reward] * len(rows)
     assert set(LEVELS) == {row["level"] for row in demonstrated} == {row["level"] for row in preferences}
+
+
+def test_tokens_of_the_working_weigh_half(playground):
+    # A character is a token, and one more ends the response.
+    rows = read_rows(playground / "preference.jsonl")
+    for row in rows:
+        working, answer = row["chosen"].split("#")
+        assert row["chosen_weights"] == [0.5] * len(working) + [1.0] * (len(answer) + 2)
+        assert row["rejected_weights"] == [1.0] * (len(row["rejected"]) + 1)
+
+
+def test_lists_go_from_right_to_far_off(playground):
+    pairs, lists = read_rows(playground / "preference.jsonl"), read_rows(playground / "lists.jsonl")
+    assert [row["prompt_id"] for row in lists] == [row["prompt_id"] for row in pairs]
+    places = Counter()
+    for pair, row in zip(pairs, lists):
+        scored = dict(zip(row["completions"], row["scores"]))
+        working, answer = pair["chosen"].split("#")
+        assert len(scored) == len(row["completions"]) == 4
+        assert scored.pop(pair["chosen"]) == 1.0
+        assert scored.pop(pair["rejected"]) < 1.0
+        slips = {}
+        for completion, score in scored.items():
+            assert completion.startswith(f"{working}#") and score < 1.0
+            slips[sum(a != b for a, b in zip(completion.partition("#")[2], answer, strict=True))] = score
+        assert slips.keys() == {1, len(answer)}
+        assert slips[len(answer)] == 0.0
+        places[row["completions"].index(pair["chosen"])] += 1
+    # Where the right one stands says nothing.
+    assert min(places.values()) > len(lists) / 8 and len(places) == 4
 
 
 def test_held_out_problems_are_in_the_evaluation_file_only(playground):
@@ -198,7 +237,7 @@ def manifest_of_something_else(out):
 
 def newer_format(out):
     manifest = json.loads((out / "playground.json").read_text())
-    (out / "playground.json").write_text(json.dumps({**manifest, "format_version": 2}))
+    (out / "playground.json").write_text(json.dumps({**manifest, "format_version": 3}))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +249,7 @@ def newer_format(out):
         (foreign, "something other than a playground"),
         (broken_manifest, "not the manifest"),
         (manifest_of_something_else, "not the manifest.*format_version"),
-        (newer_format, "format_version 2, not 1"),
+        (newer_format, "format_version 3, not 2"),
     ],
 )
 def test_a_directory_that_is_not_this_playground_is_refused_and_kept(playground, tmp_path, damage, message):
