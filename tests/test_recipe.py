@@ -420,7 +420,15 @@ def test_every_shipped_recipe_has_a_line_about_it():
 
 
 @pytest.mark.parametrize(
-    ("trainer", "file"), [("sft", "sft.jsonl"), ("dpo", "preference.jsonl"), ("grpo", "train.jsonl")]
+    ("trainer", "file"),
+    [
+        ("sft", "sft.jsonl"),
+        ("dpo", "preference.jsonl"),
+        ("dpo\nloss_type: tdpo1", "preference.jsonl"),
+        ("dpo\nloss_type: lipo_lambda", "lists.jsonl"),
+        ("dpo\nloss_type: [plackett_luce]", "lists.jsonl"),
+        ("grpo", "train.jsonl"),
+    ],
 )
 def test_a_playground_gives_model_and_files(tmp_path, trainer, file):
     text = f"trainer: {trainer}\nplayground: here\noutput_dir: out\nuse_cpu: true\n"

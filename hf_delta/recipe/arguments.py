@@ -77,7 +77,8 @@ class RunArguments:
     Parameters:
         playground (`str`, *optional*):
             Directory of a playground, built when it is not there. It gives defaults for `model_name_or_path`,
-            `train_file` (`train.jsonl`, `sft.jsonl` or `preference.jsonl`, by trainer) and `eval_file`.
+            `train_file` (`train.jsonl`, `sft.jsonl` or `preference.jsonl`, by trainer, or `lists.jsonl` for a list loss) and
+            `eval_file`.
         playground_seed (`int`, *optional*, defaults to `0`):
             Seed of the playground.
         playground_task (`str`, *optional*, defaults to `"addition"`):

@@ -31,6 +31,7 @@ TRAINERS = {
 _PATHS = ("playground", "model_name_or_path", "resume_from_checkpoint")
 
 PLAYGROUND_TRAIN_FILES = {"sft": "sft.jsonl", "dpo": "preference.jsonl", "grpo": "train.jsonl"}
+PLAYGROUND_LISTS = "lists.jsonl"
 
 _PEFT_HINT = "Adapters are set in the block `peft_config:`, with `method: lora` and the fields of its configuration."
 _LAUNCH_HINT = "It is a setting of `accelerate launch`: give it there, before `-m hf_delta.train`."
@@ -140,9 +141,16 @@ def _fill_from_playground(nodes: dict[str, Node], trainer: str) -> None:
         return
     defaults = {"model_name_or_path": "model"}
     if "dataset_name" not in nodes:
-        defaults |= {"train_file": PLAYGROUND_TRAIN_FILES[trainer], "eval_file": "eval.jsonl"}
+        rows = PLAYGROUND_LISTS if _uses_lists(nodes.get("loss_type")) else PLAYGROUND_TRAIN_FILES[trainer]
+        defaults |= {"train_file": rows, "eval_file": "eval.jsonl"}
     for key, name in defaults.items():
         nodes.setdefault(key, Node(str(Path(playground.value) / name), playground.where))
+
+
+def _uses_lists(loss_type: Node | None) -> bool:
+    names = [] if loss_type is None else loss_type.plain()
+    known = _resolve("hf_delta.preference.lists.LIST_LOSSES")
+    return any(name in known for name in (names if isinstance(names, list) else [names]) if isinstance(name, str))
 
 
 def key_owners(trainer: str) -> dict[str, type]:
