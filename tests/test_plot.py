@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -440,3 +442,8 @@ def test_token_weights_that_cannot_be_drawn(tmp_path):
         plot_token_weights(run)
     with pytest.raises(InputError, match="must end in .png"):
         plot_token_weights(run, tmp_path / "tokens.jpeg")
+
+
+def test_plotting_imports_no_framework():
+    code = "import sys, hf_delta.plot; print([m for m in ('torch', 'trl', 'transformers', 'datasets') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -99,10 +99,8 @@ class _Share:
 
     def __init__(self, rows: Dataset, max_length: int | None, truncation_mode: str) -> None:
         self._rows = rows.with_format(None)
-        kept = (
-            slice(max_length) if truncation_mode == "keep_start" else slice(-max_length if max_length else None, None)
-        )
-        self._kept = kept
+        keep_end = truncation_mode == "keep_end" and max_length is not None
+        self._kept = slice(-max_length, None) if keep_end else slice(max_length)
         prompts, *completions = (_lengths(rows, f"{part}_ids") for part in ("prompt", *SIDES))
         # Tokens of each completion, and of each text as the model reads it.
         self.lengths = np.stack(completions, axis=1).reshape(-1)

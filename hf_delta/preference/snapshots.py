@@ -1,4 +1,9 @@
-"""Token weights of a few completions over a training, in a file that `hf-delta plot` draws."""
+"""Token weights of a few completions over a training, in a file that `hf-delta plot` draws.
+
+Reading the file imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
 
 import json
 import logging
@@ -7,11 +12,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import torch
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from hf_delta.errors import InputError
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 
 logger = logging.getLogger(__name__)

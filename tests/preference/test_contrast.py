@@ -1,5 +1,11 @@
 """Token weights of two contrast models, against full logits of one row at a time in float64."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -175,6 +181,44 @@ def test_processes_share_the_rows(models, rows, count, monkeypatch):
         for name in ("chosen_weights", "rejected_weights"):
             assert [len(row) for row in found[name]] == [len(row) for row in whole[name]]
             np.testing.assert_allclose(np.concatenate(found[name]), np.concatenate(whole[name]), atol=1e-5)
+
+
+WORKER = """
+import json, sys
+from accelerate import PartialState
+from datasets import Dataset
+from hf_delta.preference.contrast import add_contrast_weights
+
+state = PartialState(cpu=True)
+rows, out, *models = sys.argv[1:]
+dataset = Dataset.from_list(json.loads(rows))
+found = add_contrast_weights(
+    dataset, *models, batch_size=2, process_index=state.process_index, num_processes=state.num_processes
+)
+with open(f"{out}/{state.process_index}.json", "w") as file:
+    json.dump(found.to_list(), file)
+state.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes(models, rows, tmp_path):
+    paths = [tmp_path / name for name in ("positive", "negative")]
+    for model, path in zip(models, paths):
+        model.save_pretrained(path)
+        TOKENIZER.save_pretrained(path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WORKER, json.dumps(rows), str(tmp_path), *map(str, paths)]
+    workers = [
+        subprocess.Popen(command, env={**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
+    ]
+    assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
+    found = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in "01"]
+    assert found[0] == found[1]
+    assert_weights(Dataset.from_list(found[0]), expected(models, rows))
 
 
 def test_a_fault_of_one_process_is_raised_by_all(models, rows):
