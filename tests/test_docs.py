@@ -68,6 +68,59 @@ def test_the_example_of_an_allocation_rule_works(tmp_path, monkeypatch):
         rule.check(8, 3)
 
 
+def example_of(page):
+    """The names that the first Python block of a page leaves behind."""
+    scope = {}
+    exec(code_blocks(ROOT / "docs/preference" / page, "python")[0], scope)
+    return scope
+
+
+@pytest.mark.parametrize(
+    ("page", "logged"), [("tdpo.md", {"kl/chosen", "kl/rejected"}), ("sparse_po.md", {"weights/kl_zero", "penalty"})]
+)
+def test_the_examples_of_token_objectives_train(playground, tmp_path, monkeypatch, page, logged):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hf_delta.playground, "build_playground", lambda out: playground)
+    trainer = example_of(page)["trainer"]
+    assert trainer.state.global_step == 5
+    assert logged < trainer.state.log_history[-2].keys()
+
+
+def test_the_example_of_contrast_weights_gives_what_it_says():
+    scope = example_of("tis_dpo.md")
+    assert scope["chosen_weights"].tolist() == pytest.approx([1.0, 0.7, 1.3])
+    assert scope["rejected_weights"].tolist() == pytest.approx([1.0, 1.3, 0.7])
+
+
+def test_the_example_of_lists_gives_what_it_says():
+    scope = example_of("lists.md")
+    assert scope["scored"].rows == [{"prompt": "2+2:", "completions": ["#4", "#5"], "scores": [1.0, 0.25]}]
+    assert (scope["scored"].duplicates, scope["scored"].single, scope["scored"].tied) == (1, 1, 0)
+    assert scope["ranked"].rows == [{"prompt": "2+2:", "completions": ["#4", "#5", "#22"], "ranks": [1, 2, 3]}]
+
+
+def test_the_example_of_multipliers_settles_where_it_says():
+    scope = example_of("feasible.md")
+    assert scope["multipliers"].weights(scope["keys"]).tolist() == pytest.approx([0.0, 1.0], abs=1e-5)
+    assert scope["tail_report"](scope["losses"], 0.3)["satisfied"] == 0.5
+
+
+def test_the_example_of_a_rule_of_token_weights_works(tmp_path, monkeypatch):
+    import torch
+
+    from hf_delta import DeltaDPOConfig
+    from hf_delta.preference.weights import TokenBatch
+
+    (tmp_path / "my_weights.py").write_text(code_blocks(ROOT / "docs/preference/token_weights.md", "python")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    rule = DeltaDPOConfig("out", token_weights="my_weights.unexpected", bf16=False, report_to=[]).build_rule()
+    mask = torch.tensor([[True, True, True], [False, True, True]])
+    logps = torch.tensor([[-1.0, -2.0, -3.0], [-7.0, -1.0, -3.0]])
+    weights = rule.weights(TokenBatch(tokens=mask.long(), mask=mask, logps=logps, ref_logps=logps)).reward
+    assert weights.tolist() == [[0.5, 1.0, 1.5], [0.0, 0.5, 1.5]]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_links_within_the_repository_lead_somewhere(page):
     targets = re.findall(r"\]\(([^)#]+)", page.read_text())
