@@ -22,7 +22,7 @@ from hf_delta.data import CACHE, load_eval_rows, load_train_rows
 from hf_delta.errors import InputError
 from hf_delta.evaluation import Report
 from hf_delta.playground import build_playground
-from hf_delta.plot import plot_run
+from hf_delta.plot import plot_pictures
 from hf_delta.preference.checks import uses_columns
 from hf_delta.preference.uses import preference_use
 from hf_delta.recipe import Recipe, load_recipe
@@ -242,7 +242,8 @@ def _report(recipe: Recipe, before: Report | None, after: Report | None) -> str 
     """Comparison and picture; returns the comparison as Markdown."""
     results = write_report(before, after, recipe.output_dir) if before and after else None
     try:
-        announce(f"Curves in {plot_run(recipe.output_dir)}")
+        for name, picture in plot_pictures(recipe.output_dir).items():
+            announce(f"{name} in {picture}")
     except InputError as error:  # a run without a single logged value
         logger.warning("%s", error)
     return results

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from hf_delta import __version__
 from hf_delta.checkpoint import STATE_FILE, load_state, save_state, steps_of
 from hf_delta.errors import InputError
+from hf_delta.preference.examples import TokenExamples
 from hf_delta.preference.feasible import Multipliers
-from hf_delta.preference.scoring import CompletionScoring
 from hf_delta.resume import Resumable, check_method, state_of
 
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 MASK_FILE = "hfd_token_mask.safetensors"
 
 
-class ResumableDPO(Resumable, CompletionScoring):
+class ResumableDPO(Resumable, TokenExamples):
     """DPO whose multipliers, rule and mask network are in its checkpoints; with TRL's own loss it adds nothing to them.
 
     Attributes:
@@ -28,8 +28,6 @@ class ResumableDPO(Resumable, CompletionScoring):
     """
 
     multipliers: Multipliers | None = None
-    # Step of the checkpoint that the run goes on from.
-    resumed_step: int = 0
 
     def save_extra_state(self, checkpoint: Path) -> None:
         if not self.replaces_loss:

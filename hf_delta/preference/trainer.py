@@ -2,7 +2,6 @@
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,8 +27,6 @@ from hf_delta.preference.losses import PAIR_LOSSES, completion_scores
 from hf_delta.preference.metrics import list_metrics, mask_metrics, mean_of, means, pair_metrics
 from hf_delta.preference.resume import ResumableDPO
 from hf_delta.preference.scoring import ScoredTokens
-from hf_delta.preference.snapshots import TokenSnapshots, examples_of, prompt_texts
-from hf_delta.preference.weights import TokenTerms
 
 
 class DeltaDPOTrainer(ResumableDPO):
@@ -84,8 +81,6 @@ class DeltaDPOTrainer(ResumableDPO):
         super().__init__(*args, **kwargs)
         self._rows_are_checked = False
         self._eval_losses: list[torch.Tensor] = []
-        self._example: tuple | None = None
-        self._snapshots: TokenSnapshots | None = None
         if self.replaces_loss or (ours and config.logps_kernel == "chunked"):
             self._set_up()
 
@@ -171,7 +166,6 @@ class DeltaDPOTrainer(ResumableDPO):
         metrics = pair_metrics(self.beta * scores, scored.logps.detach(), scored.kl, scored.mask, scored.statistics)
         if terms is not None:
             metrics |= mask_metrics(terms, scored.mask)
-            self._remember(terms, scored.mask, inputs)
             if (penalty := self.rule.penalty(terms, scored.mask)) is not None:
                 metrics["penalty"] = mean_of(penalty)
                 extra = penalty.mean() if extra is None else extra + penalty.mean()
@@ -196,17 +190,8 @@ class DeltaDPOTrainer(ResumableDPO):
         return loss
 
     # -- what is told -----------------------------------------------------------------------------------------------
-    def _remember(self, terms: TokenTerms, mask: torch.Tensor, inputs: dict[str, Any]) -> None:
-        """Keep what a picture of token weights shows: the first batch of an evaluation, or without one the last of training."""
-        if not self.is_world_process_zero() or self.model.training == (self.eval_dataset is not None):
-            return
-        if self.model.training or self._example is None:
-            tokens = (inputs["input_ids"].detach(), inputs["completion_mask"].detach())
-            self._example = (*tokens, mask, *(None if w is None else w.detach() for w in terms))
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if self._example is not None:
-            self._write_example()
+        self.write_examples()
         if self.multipliers is not None:
             report = self.multipliers.report() if self.model.training else self._tail_of_evaluation()
             self.log_metrics({f"feasible/{name}": value for name, value in report.items()})
@@ -215,16 +200,6 @@ class DeltaDPOTrainer(ResumableDPO):
     def _tail_of_evaluation(self) -> dict[str, float]:
         losses, self._eval_losses = self._eval_losses, []
         return tail_report(torch.cat(losses), self.multipliers.epsilon) if losses else {}
-
-    def _write_example(self) -> None:
-        input_ids, completion_mask, mask, reward, kl = self._example
-        self._example = None
-        prompts = prompt_texts(input_ids, completion_mask, self.text_tokenizer)
-        examples = examples_of(input_ids[:, 1:], mask, reward, kl, self.text_tokenizer, prompts)
-        if self._snapshots is None:
-            path = Path(self.args.output_dir) / "token_weights.json"
-            self._snapshots = TokenSnapshots(path, self.args.rule_name, resumed_step=self.resumed_step)
-        self._snapshots.add(self.state.global_step, examples)
 
     # -- the optimizer ----------------------------------------------------------------------------------------------
     def create_optimizer(self, *args, **kwargs):

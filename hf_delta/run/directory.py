@@ -12,6 +12,7 @@ from hf_delta import __version__
 from hf_delta.checkpoint import is_complete, newest_complete_checkpoint
 from hf_delta.data import CACHE
 from hf_delta.errors import InputError
+from hf_delta.preference.snapshots import SNAPSHOTS
 from hf_delta.recipe import Recipe
 from hf_delta.run.evaluation import BEFORE
 
@@ -22,7 +23,7 @@ MANIFEST = "run.json"
 FORMAT_VERSION = 1
 
 # What a run leaves that ended before its first checkpoint, for example at a wrong reward: nothing that would be missed.
-_BEFORE_TRAINING = {MANIFEST, BEFORE}
+_BEFORE_TRAINING = {MANIFEST, BEFORE, SNAPSHOTS}
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
