@@ -87,6 +87,8 @@ def _prepare(
         if rewards and "prompt_id" not in rows.column_names:
             rows = rows.add_column("prompt_id", [str(count + index) for index in range(len(rows))])
         count += len(rows)
+        if args.drop_equal_pairs:
+            rows = _without_equal_pairs(rows, source.name)
         source = Source(source.name, rows)
         columns = [column for use in uses for column in _columns_of(source, use)]
         check_rows(source, [*columns, *(c for reward in rewards for c in columns_needed(reward, rows.column_names))])
@@ -99,6 +101,16 @@ def _prepare(
     if args.prompt_style == "conversational":
         rows = rows.map(lambda row: as_conversation(row, args.system_prompt), desc="Prompts to messages")
     return rows
+
+
+def _without_equal_pairs(rows: Dataset, name: str) -> Dataset:
+    if not {"chosen", "rejected"} <= set(rows.column_names):
+        raise InputError(f"drop_equal_pairs: {name} has no columns chosen and rejected. Remove the key.")
+    kept = rows.filter(lambda chosen, rejected: chosen != rejected, input_columns=["chosen", "rejected"])
+    logger.info(
+        "%s: %d of %d rows left out, whose chosen and rejected are equal.", name, len(rows) - len(kept), len(rows)
+    )
+    return kept
 
 
 def _load_files(files: str | list[str], key: str, cache_dir: Path) -> list[Source]:

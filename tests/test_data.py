@@ -295,3 +295,17 @@ def test_losses_say_what_rows_they_take(loss):
 )
 def test_columns_that_trainers_take(tmp_path, trainer, row):
     assert load(tmp_path, trainer, train_file=write(tmp_path / "rows.jsonl", [row])).column_names == list(row)
+
+
+def test_equal_pairs_are_left_out_where_a_recipe_says_so(tmp_path, caplog):
+    pairs = [("a", "b"), ("c", "c"), ("d", "e"), ("f", "f")]
+    rows = [{"prompt": "p:", "chosen": chosen, "rejected": rejected} for chosen, rejected in pairs]
+    file = write(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(InputError, match=r"row 2.*drop_equal_pairs: true"):
+        load(tmp_path, "dpo", train_file=file)
+    with caplog.at_level("INFO"):
+        kept = load(tmp_path, "dpo", train_file=file, drop_equal_pairs=True)
+    assert kept["chosen"] == ["a", "d"]
+    assert "2 of 4 rows left out" in caplog.text
+    with pytest.raises(InputError, match="drop_equal_pairs"):
+        load(tmp_path, "grpo", train_file=write(tmp_path / "p.jsonl", [{"prompt": "p"}]), drop_equal_pairs=True)

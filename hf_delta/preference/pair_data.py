@@ -187,7 +187,10 @@ def _checked(row: Mapping[str, Any], index: int, source: str, weights: bool) -> 
     for key in ("chosen", "rejected"):
         check_text(pair, key, where)
     if row["chosen"] == row["rejected"]:
-        raise InputError(f"{where}: 'chosen' and 'rejected' are equal; remove the row.")
+        raise InputError(
+            f"{where}: 'chosen' and 'rejected' are equal; remove the row. A recipe leaves such rows out with "
+            "drop_equal_pairs: true."
+        )
     if "prompt" not in row and not _common_start(row["chosen"], row["rejected"]):
         raise InputError(
             f"{where}: 'chosen' and 'rejected' begin with nothing in common that could be the prompt, and there is no "

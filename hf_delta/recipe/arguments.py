@@ -26,9 +26,11 @@ class DataArguments:
             Columns to rename, as `{name here: name in the dataset}`; for example `{prompt: question, answer: target}`.
         prompt_style (`str`, *optional*, defaults to `"as_is"`):
             `"as_is"`, or `"conversational"`, which turns text prompts into a user message (and text in `completion`,
-            `chosen` and `rejected` into an assistant message), so that the model's chat template is applied.
+            `completions`, `chosen` and `rejected` into assistant messages), so that the model's chat template is applied.
         system_prompt (`str`, *optional*):
             System message in front of every conversational prompt.
+        drop_equal_pairs (`bool`, *optional*, defaults to `False`):
+            Leave out rows whose `chosen` and `rejected` are equal, and say how many; they are refused otherwise.
         max_train_rows (`int`, *optional*):
             Train on the first so many rows only.
     """
@@ -54,6 +56,9 @@ class DataArguments:
     system_prompt: str | None = field(
         default=None, metadata={"help": "System message in front of every conversational prompt."}
     )
+    drop_equal_pairs: bool = field(
+        default=False, metadata={"help": "Leave out rows whose chosen and rejected are equal; refused otherwise."}
+    )
     max_train_rows: int | None = field(default=None, metadata={"help": "Train on the first so many rows only."})
 
     def __post_init__(self):
@@ -77,8 +82,8 @@ class RunArguments:
     Parameters:
         playground (`str`, *optional*):
             Directory of a playground, built when it is not there. It gives defaults for `model_name_or_path`,
-            `train_file` (`train.jsonl`, `sft.jsonl` or `preference.jsonl`, by trainer, or `lists.jsonl` for a list loss) and
-            `eval_file`.
+            `train_file` (`train.jsonl`, `sft.jsonl` or `preference.jsonl`, by trainer; `lists.jsonl` for a list loss and
+            `weighted.jsonl` for token weights from columns) and `eval_file`.
         playground_seed (`int`, *optional*, defaults to `0`):
             Seed of the playground.
         playground_task (`str`, *optional*, defaults to `"addition"`):
