@@ -8,12 +8,17 @@ from transformers import Trainer
 class ExtraState(Trainer):
     """Mixin for trainers that keep more than model and optimizer.
 
-    Stands before TRL's trainer among the bases. Hooks, both optional:
+    Stands before TRL's trainer among the bases. Hooks, all optional:
         `save_extra_state(checkpoint)`: before TRL writes a checkpoint, on every rank; the directory exists.
+        `load_extra_weights(checkpoint)`: on resume, on every rank, after the model and before the optimizer, which fails on its
+            own where it does not find the parameters that it was saved with.
         `load_extra_state(checkpoint)`: on resume, on every rank, after model and optimizer are loaded.
     """
 
     def save_extra_state(self, checkpoint: Path) -> None:
+        pass
+
+    def load_extra_weights(self, checkpoint: Path) -> None:
         pass
 
     def load_extra_state(self, checkpoint: Path) -> None:
@@ -27,6 +32,8 @@ class ExtraState(Trainer):
         super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self.load_extra_weights(Path(checkpoint))
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self.load_extra_state(Path(checkpoint))

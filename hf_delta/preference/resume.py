@@ -43,31 +43,35 @@ class ResumableDPO(Resumable, TokenExamples):
             "hf_delta": __version__,
             "method": self._method(),
             "settings": self._settings(),
+            "metrics": self.running_metrics(),
             "multipliers": None if self.multipliers is None else self.multipliers.state_dict(),
             "rule": None if self.rule is None else state_of(self.rule, f"rule of token weights {self.args.rule_name}"),
         }
         save_state(checkpoint / STATE_FILE, state)
 
-    def load_extra_state(self, checkpoint: Path) -> None:
+    def load_extra_weights(self, checkpoint: Path) -> None:
         path = checkpoint / STATE_FILE
-        self.resumed_step = steps_of(checkpoint)
-        if not self.replaces_loss:
-            if path.exists():
-                check_method(path, load_state(path), self._method(), {})
-            return
-        if not path.exists():
+        if path.exists():
+            settings = self._settings() if self.replaces_loss else {}
+            check_method(path, load_state(path), self._method(), settings)
+        elif self.replaces_loss:
             raise InputError(
                 f"{path} is not there: the checkpoint was written by another loss. Resume with the recipe that wrote it, or "
                 "start a new run in another output_dir."
             )
-        state = load_state(path)
-        check_method(path, state, self._method(), self._settings())
+        if self.mask_network is not None:
+            self.mask_network.load_mask_state(_masks(checkpoint / MASK_FILE))
+
+    def load_extra_state(self, checkpoint: Path) -> None:
+        self.resumed_step = steps_of(checkpoint)
+        if not self.replaces_loss:
+            return
+        state = load_state(checkpoint / STATE_FILE)
+        self.load_running_metrics(state["metrics"])
         if self.multipliers is not None:
             self.multipliers.load_state_dict(state["multipliers"])
         if state["rule"]:
             self.rule.load_state_dict(state["rule"])
-        if self.mask_network is not None:
-            self.mask_network.load_mask_state(_masks(checkpoint / MASK_FILE))
 
     def _method(self) -> dict[str, Any]:
         return {
