@@ -23,9 +23,8 @@ from hf_delta.errors import InputError
 from hf_delta.evaluation import Report
 from hf_delta.playground import build_playground
 from hf_delta.plot import plot_pictures
-from hf_delta.preference.checks import uses_columns
-from hf_delta.preference.uses import preference_use
 from hf_delta.recipe import Recipe, load_recipe
+from hf_delta.recipe.load import use_of_rows
 from hf_delta.recipe.peft import wants_fast_dora
 from hf_delta.recipe.rewards import resolve_reward
 from hf_delta.run.card import absolute, write_card
@@ -145,7 +144,7 @@ def _build_playground(recipe: Recipe) -> None:
 
 
 def _load_rows(recipe: Recipe, rewards: list[Callable], judge: Callable | None) -> tuple[Dataset, Dataset | None]:
-    data, use, cache = recipe.data, _use_of_rows(recipe), recipe.output_dir / CACHE
+    data, use, cache = recipe.data, use_of_rows(recipe.trainer, recipe.training), recipe.output_dir / CACHE
     if not is_main_process() or recipe.training.disable_tqdm:
         datasets.disable_progress_bars()
     evaluates = recipe.training.eval_strategy != "no"
@@ -153,15 +152,6 @@ def _load_rows(recipe: Recipe, rewards: list[Callable], judge: Callable | None) 
     eval_rewards = [*(rewards if evaluates else []), *([judge] if judge else [])]
     train_rows = main_first(lambda: load_train_rows(data, use, cache, rewards))
     return train_rows, main_first(lambda: load_eval_rows(data, uses, cache, eval_rewards))
-
-
-def _use_of_rows(recipe: Recipe) -> str:
-    """What the trainer uses rows for, in the words of [`~hf_delta.data.load_train_rows`]."""
-    training = recipe.training
-    if recipe.trainer != "dpo":
-        return recipe.trainer
-    weights = uses_columns(training.build_rule())
-    return preference_use(training.loss_type, weights=weights, rescale=training.list_rescale)
 
 
 def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | None, rewards: list[Callable]) -> Trainer:

@@ -427,6 +427,10 @@ def test_every_shipped_recipe_has_a_line_about_it():
         ("dpo\nloss_type: tdpo1", "preference.jsonl"),
         ("dpo\nloss_type: lipo_lambda", "lists.jsonl"),
         ("dpo\nloss_type: [plackett_luce]", "lists.jsonl"),
+        ("dpo\nloss_type: plackett_luce\nlist_rescale: false", "lists.jsonl"),
+        ("dpo\ntoken_weights: columns", "weighted.jsonl"),
+        ("dpo\nloss_type: tis_dpo", "weighted.jsonl"),
+        ("dpo\nloss_type: tis_dpo\ntoken_weights_kwargs: {positive: a, negative: b}", "preference.jsonl"),
         ("grpo", "train.jsonl"),
     ],
 )

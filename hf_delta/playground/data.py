@@ -21,7 +21,7 @@ DRAWS_PER_ROW = 64
 
 
 def write_data(directory: Path, task: Task, seed: int) -> dict[str, int]:
-    """Writes `train.jsonl`, `eval.jsonl`, `sft.jsonl`, `preference.jsonl` and `lists.jsonl`.
+    """Writes `train.jsonl`, `eval.jsonl`, `sft.jsonl`, `preference.jsonl`, `weighted.jsonl` and `lists.jsonl`.
 
     Only `eval.jsonl` has held-out problems. A level with fewer problems than rows repeats them in `train.jsonl`, so
     that levels are uniform there; the other files hold no problem twice.
@@ -50,6 +50,7 @@ def write_data(directory: Path, task: Task, seed: int) -> dict[str, int]:
         "eval.jsonl": [_row(task, p, answer=p.answer) for p in evaluation],
         "sft.jsonl": [_row(task, p, completion=p.careful) for p in demonstrated],
         "preference.jsonl": [_row(task, p, **_pair(p)) for p in judged],
+        "weighted.jsonl": [_row(task, p, **_pair(p), **_weights(p)) for p in judged],
         # Random numbers of its own, so that the other files do not depend on what is drawn for lists.
         "lists.jsonl": [
             _row(task, p, **columns) for p, columns in listed(judged, Random(f"{task.name} lists {seed}"))
@@ -95,9 +96,12 @@ def _check(task: Task, problem: Problem, level: str) -> None:
             raise InputError(f"{where}: prompt and response must be shorter than {MAX_LENGTH} characters.")
 
 
-def _pair(problem: Problem) -> dict[str, Any]:
-    pair = {"chosen": problem.careful, "rejected": problem.sloppy}
-    return pair | {f"{side}_weights": token_weights(response) for side, response in pair.items()}
+def _pair(problem: Problem) -> dict[str, str]:
+    return {"chosen": problem.careful, "rejected": problem.sloppy}
+
+
+def _weights(problem: Problem) -> dict[str, list[float]]:
+    return {f"{side}_weights": token_weights(response) for side, response in _pair(problem).items()}
 
 
 def _row(task: Task, problem: Problem, **columns: Any) -> dict[str, Any]:

@@ -30,8 +30,15 @@ TRAINERS = {
 # Paths that neither transformers nor we expand when they are used.
 _PATHS = ("playground", "model_name_or_path", "resume_from_checkpoint")
 
-PLAYGROUND_TRAIN_FILES = {"sft": "sft.jsonl", "dpo": "preference.jsonl", "grpo": "train.jsonl"}
-PLAYGROUND_LISTS = "lists.jsonl"
+# What rows are used for, see `use_of_rows` -> the file of a playground that has them.
+PLAYGROUND_TRAIN_FILES = {
+    "sft": "sft.jsonl",
+    "dpo": "preference.jsonl",
+    "dpo_weights": "weighted.jsonl",
+    "dpo_lists": "lists.jsonl",
+    "dpo_labelled_lists": "lists.jsonl",
+    "grpo": "train.jsonl",
+}
 
 _PEFT_HINT = "Adapters are set in the block `peft_config:`, with `method: lora` and the fields of its configuration."
 _LAUNCH_HINT = "It is a setting of `accelerate launch`: give it there, before `-m hf_delta.train`."
@@ -94,11 +101,12 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     nodes = apply_overrides(read_recipe(path), overrides)
     trainer = trainer_name(nodes.pop("trainer", None), source)
     _expand_home(nodes)
-    _fill_from_playground(nodes, trainer)
-    parts = _sort_keys(nodes, key_owners(trainer), trainer)
-    model_class, _, _, training_class = parts
-    check_limits(parts[training_class])
-    check_report_to(nodes.get("report_to"))
+    owners = key_owners(trainer)
+    training = _training(_sort_keys(nodes, owners, trainer), source)
+    # Which file of a playground has the rows is known once the loss is.
+    _fill_from_playground(nodes, use_of_rows(trainer, training))
+    parts = _sort_keys(nodes, owners, trainer)
+    model_class = next(iter(parts))
     run = build(RunArguments, parts[RunArguments], source)
     recipe = Recipe(
         source=source,
@@ -107,11 +115,30 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
         model=build(model_class, parts[model_class], source),
         data=build(DataArguments, parts[DataArguments], source),
         run=run,
-        training=build(training_class, parts[training_class], source),
+        training=training,
         peft=None if run.peft_config is None else build_peft_config(nodes["peft_config"], source),
     )
     _check(recipe)
     return recipe
+
+
+def use_of_rows(trainer: str, training: "TrainingArguments") -> str:
+    """What a trainer uses rows for: its name, or for DPO a key of [`~hf_delta.preference.uses.USES`]."""
+    if trainer != "dpo":
+        return trainer
+    from hf_delta.preference.checks import uses_columns
+    from hf_delta.preference.uses import preference_use
+
+    weights = uses_columns(training.build_rule())
+    return preference_use(training.loss_type, weights=weights, rescale=training.list_rescale)
+
+
+def _training(parts: Mapping[type, dict[str, Node]], source: str) -> "TrainingArguments":
+    *_, training_class = parts
+    nodes = parts[training_class]
+    check_limits(nodes)
+    check_report_to(nodes.get("report_to"))
+    return build(training_class, nodes, source)
 
 
 def _resolve(dotted: str) -> Any:
@@ -135,22 +162,15 @@ def _expand_home(nodes: dict[str, Node]) -> None:
             nodes[key] = Node(str(Path(node.value).expanduser()), node.where)
 
 
-def _fill_from_playground(nodes: dict[str, Node], trainer: str) -> None:
+def _fill_from_playground(nodes: dict[str, Node], use: str) -> None:
     playground = nodes.get("playground")
     if playground is None or not isinstance(playground.value, str):
         return
     defaults = {"model_name_or_path": "model"}
     if "dataset_name" not in nodes:
-        rows = PLAYGROUND_LISTS if _uses_lists(nodes.get("loss_type")) else PLAYGROUND_TRAIN_FILES[trainer]
-        defaults |= {"train_file": rows, "eval_file": "eval.jsonl"}
+        defaults |= {"train_file": PLAYGROUND_TRAIN_FILES[use], "eval_file": "eval.jsonl"}
     for key, name in defaults.items():
         nodes.setdefault(key, Node(str(Path(playground.value) / name), playground.where))
-
-
-def _uses_lists(loss_type: Node | None) -> bool:
-    names = [] if loss_type is None else loss_type.plain()
-    known = _resolve("hf_delta.preference.lists.LIST_LOSSES")
-    return any(name in known for name in (names if isinstance(names, list) else [names]) if isinstance(name, str))
 
 
 def key_owners(trainer: str) -> dict[str, type]:

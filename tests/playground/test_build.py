@@ -22,15 +22,8 @@ COLUMNS = {
     "train.jsonl": ["prompt", "answer", "level", "prompt_id"],
     "eval.jsonl": ["prompt", "answer", "level", "prompt_id"],
     "sft.jsonl": ["prompt", "completion", "level", "prompt_id"],
-    "preference.jsonl": [
-        "prompt",
-        "chosen",
-        "rejected",
-        "chosen_weights",
-        "rejected_weights",
-        "level",
-        "prompt_id",
-    ],
+    "preference.jsonl": ["prompt", "chosen", "rejected", "level", "prompt_id"],
+    "weighted.jsonl": ["prompt", "chosen", "rejected", "chosen_weights", "rejected_weights", "level", "prompt_id"],
     "lists.jsonl": ["prompt", "completions", "scores", "level", "prompt_id"],
 }
 LEVELS = [f"add{digits}" for digits in range(1, 7)]
@@ -76,7 +69,8 @@ def test_demonstrations_are_right_and_rejected_answers_wrong(playground):
 
 def test_tokens_of_the_working_weigh_half(playground):
     # A character is a token, and one more ends the response.
-    rows = read_rows(playground / "preference.jsonl")
+    pairs, rows = read_rows(playground / "preference.jsonl"), read_rows(playground / "weighted.jsonl")
+    assert len(rows) == len(pairs) and all(pair.items() <= row.items() for pair, row in zip(pairs, rows))
     for row in rows:
         working, answer = row["chosen"].split("#")
         assert row["chosen_weights"] == [0.5] * len(working) + [1.0] * (len(answer) + 2)
