@@ -248,3 +248,153 @@ def test_table_of_token_kl_has_every_row(monkeypatch, tmp_path, capsys):
     # At a vocabulary this small the tile is an eighth of the logits.
     assert peaks["ours"] < 0.25 < peaks["full logits"] == 1 < peaks["TRL's kernels"]
     assert capsys.readouterr().out.count("\n|") == len(rows) + 1
+
+
+def test_planted_pairs_differ_where_they_say(monkeypatch):
+    """Without its irrelevant characters a pair differs in exactly its decisive places, and a list loses a digit per mistake."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module, task = load("preference_playground_data"), load("preference_playground_task")
+    drawn = module.problems("filled_sums", ("fill2", "fill4"), 40, seed=1, held_out=False)
+    assert len(drawn) == 80 and not any(problem.held_out for problem in drawn)
+    assert not {p.expression for p in drawn} & {
+        p.expression for p in module.problems("filled_sums", ("fill2", "fill4"), 40, seed=1, held_out=True)
+    }
+    rows = module.planted_pairs(drawn, seed=1, flipped=0.25)
+    assert sum(row["flipped"] for row in rows) == 20
+    answers = {problem.prompt: problem.answer for problem in drawn}
+    for row in rows:
+        right, wrong = (row["rejected"], row["chosen"]) if row["flipped"] else (row["chosen"], row["rejected"])
+        assert {i for i, character in enumerate(right) if character in task.FILLER} == set(row["filler"])
+        different = {i for i, (a, b) in enumerate(zip(right, wrong, strict=True)) if a != b}
+        assert different - set(row["filler"]) == set(row["decisive"])
+        assert module.playground_digit_reward([right], [answers[row["prompt"]]]) == [1.0]
+        assert 0.5 <= module.playground_digit_reward([wrong], [answers[row["prompt"]]])[0] < 1.0
+
+
+def test_pairs_out_of_lists(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = load("preference_playground_data")
+    lists = [
+        {"prompt": "p", "completions": ["a", "b", "c", "d"], "scores": [0.5, 1.0, 0.0, 0.5]},
+        {"prompt": "q", "completions": ["e", "f", "g", "h"], "scores": [0.0, 0.0, 0.0, 1.0]},
+    ]
+    ends = [(row["chosen"], row["rejected"]) for row in module.best_against_worst(lists)]
+    assert ends == [("b", "c"), ("h", "g")]
+    score = {text: value for row in lists for text, value in zip(row["completions"], row["scores"])}
+    seen = set()
+    for seed in range(40):
+        pairs = [(row["chosen"], row["rejected"]) for row in module.drawn_pairs(lists, seed)]
+        assert len(set(pairs)) == len(pairs) == 4 and all(score[a] > score[b] for a, b in pairs)
+        seen |= set(pairs)
+    # All pairs with different scores, those of a and d, and of e, f and g, being none.
+    assert len(seen) == 5 + 3
+
+
+def test_area_under_the_curve_is_a_chance(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = load("preference_playground_measures")
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randint(0, 6, (60,), generator=generator).numpy() / 2
+    positive = (torch.rand(60, generator=generator) < 0.3).numpy()
+    pairs = [(a > b) + 0.5 * (a == b) for a in scores[positive] for b in scores[~positive]]
+    assert module.auc(scores, positive) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+
+
+def test_measures_of_pairs_against_one_at_a_time(monkeypatch, playground):
+    """Margins, KL and places of a padded batch against each answer alone."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = load("preference_playground_measures")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(playground / "model")
+    policy, reference = (AutoModelForCausalLM.from_pretrained(playground / "model") for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    for weight in policy.parameters():
+        weight.data += 0.05 * torch.randn(weight.shape, generator=generator)
+    rows = [
+        {"prompt": "12+3:", "chosen": "1#15", "rejected": "7;#4", "filler": [1, 3]},
+        {"prompt": "4+5:", "chosen": "45#09", "rejected": "#4", "filler": [0]},
+    ]
+    found = module.pair_measures(policy, reference, tokenizer, rows)
+    margins, kls, fillers = [], [], []
+    for side in module.SIDES:
+        for row in rows:
+            prompt = tokenizer(row["prompt"])["input_ids"]
+            answer = tokenizer(row[side] + tokenizer.eos_token)["input_ids"]
+            with torch.no_grad():
+                ours, theirs = (
+                    model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+                    for model in (policy, reference)
+                )
+            kl = [sum(q.exp() * (q - p)).item() for p, q in zip(ours, theirs)]
+            kls.append(sum(kl))
+            fillers.append(sum(kl[place] for place in row["filler"]))
+            margins.append(sum((ours[i, t] - theirs[i, t]).item() for i, t in enumerate(answer)))
+    assert found["margins"].tolist() == pytest.approx([margins[0] - margins[2], margins[1] - margins[3]], abs=1e-4)
+    assert found["kl"].tolist() == pytest.approx(kls, abs=1e-4)
+    assert found["filler_kl"].tolist() == pytest.approx(fillers, abs=1e-4)
+    assert min(kls) > 0.01
+
+    rows = [{**row, "decisive": [2]} for row in rows]
+    inside = module.tokenised(tokenizer, rows)[1][:, 1:]
+    mask = module.places(inside, rows, "decisive").float() + 0.5
+    told = module.mask_measures(mask, inside, rows)
+    assert (told["auc"], told["auc_filler"]) == (1.0, 1.0) and told["mean_decisive"] == 1.5
+
+
+@pytest.mark.slow
+def test_preference_on_the_playground_compares_equal_numbers(monkeypatch, tmp_path, capsys):
+    """All stages with one step: no result, but every arm and seed, a choice by the rule, and a study that is not run twice."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    module = load("preference_playground")
+    settings = module.settings
+    kept = {"DPO", "MaPO", "SparsePO, independent", "DPO, best and worst", "DPO, drawn pairs", "LiPO-λ", "ERM"}
+    kept |= {"feasible, resilient", "DPO, normalised", "SFT on chosen"}
+    for study in settings.STUDIES.values():
+        arms = {arm: keys for arm, keys in study["arms"].items() if arm in kept}
+        monkeypatch.setitem(study, "arms", arms)
+    grid = settings.grid
+    monkeypatch.setattr(settings, "grid", lambda *names: grid(*names)[:2])
+    arguments = [
+        "tune",
+        "choose",
+        "final",
+        "report",
+        "--quick",
+        "--workers",
+        "1",
+        "--tuning-seeds",
+        "1",
+        "--seeds",
+        "3",
+        "4",
+    ]
+    for name, path in {"choice": "choice.json", "report": "report", "out": "runs"}.items():
+        arguments += [f"--{name}", str(tmp_path / path)]
+    module.main(arguments)
+    found = json.loads((tmp_path / "report" / "preference_playground.json").read_text())
+    for name, study in found["studies"].items():
+        arms = settings.STUDIES[name]["arms"]
+        assert set(study["runs"]) == set(arms) and set(found["choice"][name]) == set(arms)
+        for runs in study["runs"].values():
+            assert [run["seed"] for run in runs] == [3, 4]
+    for name, choices in found["choice"].items():
+        for arm, chosen in choices.items():
+            means = found["choice"][settings.TUNED_WITH.get(name, name)][arm]["means"]
+            assert len(means) == 2 and chosen["keys"] == settings.grid(name, arm)[means.index(max(means))]
+    seen = {arm: costs["sequences"] for arm, costs in found["studies"]["lists_8"]["costs"].items()}
+    assert seen["LiPO-λ"] == seen["DPO, drawn pairs"] == 4 * seen["DPO, best and worst"]
+    masks = found["studies"]["weights"]["masks"]
+    assert set(masks) == {f"{arm}, {term}" for arm in ("MaPO", "SparsePO, independent") for term in ("reward", "kl")}
+    losses = found["studies"]["noise"]["runs"]["feasible, resilient"][0]["losses"]
+    assert set(losses) == {"training", "held out", "right", "exchanged"}
+    assert (tmp_path / "report" / "preference_playground.png").stat().st_size > 10_000
+
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
+    first, _ = capsys.readouterr()
+    module.main(arguments)
+    assert capsys.readouterr().out == first
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()} == written
+    monkeypatch.setitem(module.QUICK, "held_out", 3)
+    with pytest.raises(SystemExit, match="other settings"):
+        module.main(arguments)
