@@ -53,8 +53,10 @@ def build(cls: type, kwargs: Mapping[str, Any], key: str) -> Any:
         signature.bind(**kwargs)
     except TypeError as error:
         takes = ", ".join(signature.parameters) or "none"
-        near = [near[0] for name in kwargs if (near := get_close_matches(name, signature.parameters, n=1))]
-        meant = f" Did you mean {near[0]}?" if near and near[0] not in kwargs else ""
+        unknown = [name for name in kwargs if name not in signature.parameters]
+        free = [name for name in signature.parameters if name not in kwargs]
+        near = [near[0] for name in unknown if (near := get_close_matches(name, free, n=1))]
+        meant = f" Did you mean {near[0]}?" if near else ""
         raise InputError(f"{key}: {error}. {cls.__name__} takes: {takes}.{meant}") from error
     try:
         return cls(**kwargs)
