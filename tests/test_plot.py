@@ -129,6 +129,23 @@ def test_a_dpo_run(tmp_path):
     assert labels(shown["Preference margin"]) == ["chosen", "rejected", "margin"]
 
 
+@pytest.mark.parametrize(
+    ("keys", "title", "lines"),
+    [
+        (("rewards/best", "rewards/worst", "rewards/margins"), "Preference margin", ["best", "worst", "margin"]),
+        (("weights/reward_mean", "weights/kl_mean"), "Token weights", ["reward", "KL"]),
+        (("kl/chosen", "kl/rejected"), "Divergence of completions", ["chosen", "rejected"]),
+        (("feasible/loss_mean", "feasible/loss_max"), "Loss of samples", ["largest", "mean"]),
+        (("feasible/satisfied", "eval_feasible/satisfied"), "Samples that keep the bound", ["training", "evaluation"]),
+    ],
+)
+def test_what_preference_losses_of_ours_log(tmp_path, keys, title, lines):
+    write_state(tmp_path, [{"step": s, **dict.fromkeys(keys, 0.5)} for s in range(1, 30)])
+    shown = panels(tmp_path)
+    assert list(shown) == [title]
+    assert labels(shown[title]) == lines
+
+
 def test_the_newest_readable_state_is_drawn(tmp_path, caplog):
     write_state(tmp_path, grpo_log(3))
     write_state(tmp_path / "checkpoint-9", grpo_log(9))

@@ -23,11 +23,15 @@ from hf_delta.plot.style import (
 # Keys that trainers log and that need no drawing of their own: title, y label, {key: label}.
 _SIMPLE = (
     ("Preference accuracy", "share of pairs", {"rewards/accuracies": "training", "eval_rewards/accuracies": "evaluation"}),
-    ("Preference margin", "implicit reward (nats)", {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/margins": "margin"}),
+    ("Preference margin", "implicit reward (nats)", {"rewards/chosen": "chosen", "rewards/rejected": "rejected", "rewards/best": "best", "rewards/worst": "worst", "rewards/margins": "margin"}),
+    ("Token weights", "mean over tokens", {"weights/reward_mean": "reward", "weights/kl_mean": "KL"}),
+    ("Samples that keep the bound", "share of those seen", {"feasible/satisfied": "training", "eval_feasible/satisfied": "evaluation"}),
+    ("Loss of samples", "before multipliers", {"feasible/loss_max": "largest", "feasible/loss_cvar": "worst tenth", "feasible/loss_mean": "mean"}),
     ("Token accuracy", "share of tokens", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "evaluation"}),
     ("Loss", "loss", {"loss": "training", "eval_loss": "evaluation"}),
     ("Entropy", "nats per token", {"entropy": "entropy"}),
     ("Divergence from the reference", "nats per token", {"kl": "KL"}),
+    ("Divergence of completions", "nats per completion", {"kl/chosen": "chosen", "kl/rejected": "rejected"}),
     ("Gradient norm", "before clipping", {"grad_norm": "norm"}),
 )  # fmt: skip
 
