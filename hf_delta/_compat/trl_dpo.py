@@ -92,6 +92,11 @@ class DPOHooks(ExtraState, DPOTrainer, ReferenceRepair):
         return model.get_base_model() if is_peft_model(model) else model
 
     @property
+    def plain_reference(self) -> torch.nn.Module:
+        """The reference without wrappers: the policy's own base where adapters are switched off for it."""
+        return self.plain_model if self.ref_model is None else self.accelerator.unwrap_model(self.ref_model)
+
+    @property
     def reference_adapter(self) -> str | None:
         """Adapter that is the reference, under PEFT; `None` is the base model."""
         return REFERENCE if REFERENCE in self.accelerator.unwrap_model(self.model).peft_config else None
@@ -102,13 +107,13 @@ class DPOHooks(ExtraState, DPOTrainer, ReferenceRepair):
             add_token_head(self.plain_model, logps_kernel, self._head_of_adapter)
             return
         add_token_head(self.plain_model, logps_kernel, self._head_of_reference)
-        add_token_head(self.accelerator.unwrap_model(self.ref_model), logps_kernel)
+        add_token_head(self.plain_reference, logps_kernel)
 
     def _head_of_adapter(self) -> dict:
         return head_of_adapter(self.accelerator.unwrap_model(self.model), self.reference_adapter) or {}
 
     def _head_of_reference(self) -> dict:
-        return head_arguments(self.accelerator.unwrap_model(self.ref_model), "ref_")
+        return head_arguments(self.plain_reference, "ref_")
 
     @property
     def mask_network(self) -> torch.nn.Module | None:

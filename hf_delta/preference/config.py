@@ -168,7 +168,9 @@ class DeltaDPOConfig(DPOConfig):
                 "loss_type: sft alone has no preference in it. Write sigmoid beside it, or train with SFT."
             )
         if "robust" in rest and not 0 <= self.label_smoothing < 0.5:
-            raise InputError(f"label_smoothing must lie in [0, 0.5) with loss_type: robust, got {self.label_smoothing}.")
+            raise InputError(
+                f"label_smoothing must lie in [0, 0.5) with loss_type: robust, got {self.label_smoothing}."
+            )
         if "sft" in rest and self.feasible:
             raise InputError(
                 "feasible bounds the preference loss of each sample, and sft is a mean over tokens. Remove one."

@@ -18,6 +18,7 @@ from hf_delta.ids import KeyTable, digests, with_room
 
 logger = logging.getLogger(__name__)
 
+PAPER = ("Feasible Learning", "2501.14912")
 VERSION = 1
 
 

@@ -23,6 +23,9 @@ from torch.nn.functional import logsigmoid
 from hf_delta.ops.norms import widened
 
 
+PAPER = ("LiPO: Listwise Preference Optimization through Learning-to-Rank", "2402.01878")
+
+
 def list_logistic(scores: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
     """DPO's loss of every pair with different labels, summed: `sum_{psi_i > psi_j} log(1 + exp(-(s_i - s_j)))`.
 

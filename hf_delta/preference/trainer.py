@@ -9,6 +9,7 @@ from datasets import IterableDataset
 from trl import DPOTrainer
 
 from hf_delta._compat.trl_dpo import DataCollatorForPreference
+from hf_delta.preference import feasible, lists
 from hf_delta.preference.checks import (
     check_models,
     check_plain_config,
@@ -20,9 +21,7 @@ from hf_delta.preference.checks import (
 from hf_delta.preference.collate import DataCollatorWithColumns
 from hf_delta.preference.config import DeltaDPOConfig
 from hf_delta.preference.contrast import add_contrast_weights
-from hf_delta.preference.feasible import tail_report
 from hf_delta.preference.list_data import DataCollatorForLists
-from hf_delta.preference.lists import LIST_LOSSES, into_lists
 from hf_delta.preference.losses import PAIR_LOSSES, completion_scores
 from hf_delta.preference.metrics import list_metrics, mask_metrics, mean_of, means, pair_metrics
 from hf_delta.preference.resume import ResumableDPO
@@ -60,6 +59,7 @@ class DeltaDPOTrainer(ResumableDPO):
     """
 
     _tag_names = ["trl", "dpo", "hf_delta"]
+    _name = "DPO (hf_delta)"
 
     def __init__(self, *args, **kwargs):
         given = inspect.signature(DPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
@@ -89,6 +89,8 @@ class DeltaDPOTrainer(ResumableDPO):
         self.add_token_heads(self.args.logps_kernel)
         if not self.replaces_loss:
             return
+        if paper := self._paper_of_loss():
+            self._paper = {"title": paper[0], "id": paper[1]}
         collator = self.data_collator
         if self.args.uses_lists and type(collator) is DataCollatorForPreference:
             collator = DataCollatorForLists(
@@ -97,12 +99,20 @@ class DeltaDPOTrainer(ResumableDPO):
         self.data_collator = DataCollatorWithColumns(collator)
         if self.rule is None:
             return
-        config = self.plain_model.config.get_text_config()
+        config = self.plain_reference.config.get_text_config()
         network = self.rule.network(config.hidden_size, config.num_hidden_layers)
         if network is not None:
             self.attach_mask_network(network)
         if contrast := getattr(self.rule, "contrast", None):
             self._add_contrast_weights(contrast)
+
+    def _paper_of_loss(self) -> tuple[str, str] | None:
+        """Title and number of what the model card cites."""
+        if self.args.uses_lists:
+            return lists.PAPER
+        if self.rule is not None and self.rule.paper is not None:
+            return self.rule.paper
+        return feasible.PAPER if self.multipliers is not None else None
 
     def _add_contrast_weights(self, contrast: dict[str, Any]) -> None:
         def weighted(dataset):
@@ -175,8 +185,8 @@ class DeltaDPOTrainer(ResumableDPO):
         """As [`DeltaDPOTrainer._pair_losses`], for lists."""
         there, labels = inputs["list_mask"], inputs["list_labels"]
         scores = self.beta * (scored.logps.sum(1) - scored.ref_logps.sum(1))
-        scores = into_lists(scores, there)
-        losses = LIST_LOSSES[self.args.loss_type[0]](scores, labels, there)
+        scores = lists.into_lists(scores, there)
+        losses = lists.LIST_LOSSES[self.args.loss_type[0]](scores, labels, there)
         return losses, None, list_metrics(scores, labels, there, scored.mask, scored.statistics)
 
     def _feasible_loss(self, losses: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
@@ -199,7 +209,7 @@ class DeltaDPOTrainer(ResumableDPO):
 
     def _tail_of_evaluation(self) -> dict[str, float]:
         losses, self._eval_losses = self._eval_losses, []
-        return tail_report(torch.cat(losses), self.multipliers.epsilon) if losses else {}
+        return feasible.tail_report(torch.cat(losses), self.multipliers.epsilon) if losses else {}
 
     # -- the optimizer ----------------------------------------------------------------------------------------------
     def create_optimizer(self, *args, **kwargs):

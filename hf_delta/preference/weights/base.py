@@ -61,10 +61,12 @@ class TokenWeights:
     Attributes:
         needs (`frozenset[str]`): Of `kl`, `columns`, `activations` and `hidden_states`; what is not asked for is not computed.
         constant_chosen_kl (`bool`): Whether no gradient flows through the KL of chosen completions, as in TDPO2.
+        paper (`tuple[str, str]`, *optional*): Title and number on arXiv, for the model card.
     """
 
     needs: frozenset[str] = frozenset()
     constant_chosen_kl: bool = False
+    paper: tuple[str, str] | None = None
 
     def weights(self, batch: TokenBatch) -> TokenTerms:
         """Weights of every token, all 1 by default; outside of `batch.mask` they do not matter."""

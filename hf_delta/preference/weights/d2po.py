@@ -14,6 +14,11 @@ class D2POWeights(TokenWeights):
         gamma (`float`, *optional*, defaults to `0.98`): Decay from one token to the next, above 0 and at most 1.
     """
 
+    paper = (
+        "Earlier Tokens Contribute More: Learning Direct Preference Optimization From Temporal Decay Perspective",
+        "2502.14340",
+    )
+
     def __init__(self, gamma: float = 0.98):
         if not 0 < gamma <= 1:
             raise InputError(f"d2po: gamma is a decay from token to token, above 0 and at most 1, got {gamma!r}.")

@@ -7,6 +7,7 @@ import torch
 from hf_delta.errors import InputError
 from hf_delta.preference.weights.activations import KINDS
 from hf_delta.preference.weights.base import TokenBatch, TokenTerms, TokenWeights
+from hf_delta.preference.weights.sparse import PAPER
 
 
 class MaPOWeights(TokenWeights):
@@ -25,6 +26,7 @@ class MaPOWeights(TokenWeights):
     """
 
     needs = frozenset({"kl", "activations"})
+    paper = PAPER
 
     def __init__(self, kinds: Sequence[str] = KINDS):
         kinds = (kinds,) if isinstance(kinds, str) else tuple(kinds)

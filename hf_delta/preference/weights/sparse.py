@@ -7,6 +7,9 @@ from hf_delta.preference.weights.base import TokenBatch, TokenTerms, TokenWeight
 from hf_delta.preference.weights.mask_nets import HIDDEN_WIDTH, TokenMasks
 
 
+PAPER = ("SparsePO: Controlling Preference Alignment of LLMs via Sparse Token Masks", "2410.05102")
+
+
 class SparsePOWeights(TokenWeights):
     """Masks `m_u` of the reward and `m_d` of the KL that a network learns from the reference's hidden states.
 
@@ -28,6 +31,7 @@ class SparsePOWeights(TokenWeights):
     """
 
     needs = frozenset({"kl", "hidden_states"})
+    paper = PAPER
 
     def __init__(
         self,

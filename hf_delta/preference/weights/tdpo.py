@@ -6,6 +6,9 @@ from hf_delta.errors import InputError
 from hf_delta.preference.weights.base import TokenBatch, TokenTerms, TokenWeights
 
 
+PAPER = ("Token-level Direct Preference Optimization", "2404.11999")
+
+
 class TDPO1Weights(TokenWeights):
     """All weights 1: the margin is `(r_c - r_r) - (K_r - K_c)`, with `K = sum_t KL(pi_ref || pi)_t` in nats.
 
@@ -13,6 +16,7 @@ class TDPO1Weights(TokenWeights):
     """
 
     needs = frozenset({"kl"})
+    paper = PAPER
 
     def weights(self, batch: TokenBatch) -> TokenTerms:
         """1 for every token, `(N, T)` twice."""
@@ -30,6 +34,7 @@ class TDPO2Weights(TokenWeights):
     """
 
     needs = frozenset({"kl"})
+    paper = PAPER
     constant_chosen_kl = True
 
     def __init__(self, alpha: float = 0.5):

@@ -24,6 +24,11 @@ class TISDPOWeights(ColumnWeights):
         contrast (`dict`, *optional*): Arguments of [`~hf_delta.preference.contrast.add_contrast_weights`].
     """
 
+    paper = (
+        "TIS-DPO: Token-level Importance Sampling for Direct Preference Optimization With Estimated Weights",
+        "2410.04350",
+    )
+
     def __init__(self, positive: str | None = None, negative: str | None = None, **transform):
         super().__init__(kl=False)
         self.contrast = None
