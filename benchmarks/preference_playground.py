@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 NAME = "preference_playground"
 QUICK = {
-    "steps": 1, "pretrain_steps": 2, "held_out": 2, "held_out_pairs": 2, "samples": 1, "rows_a_level": 6, "tokens": 8, "prompts": 2,
+    "steps": 2, "pretrain_steps": 2, "held_out": 2, "held_out_pairs": 2, "samples": 1, "rows_a_level": 6, "tokens": 8, "prompts": 2,
     "teachers": {"strong": 2, "weak": 1},
 }  # fmt: skip
 
@@ -152,7 +152,7 @@ def main(argv=None):
     parser.add_argument("--choice", type=Path, default=Path(__file__).parent / f"{NAME}_choice.json")
     parser.add_argument("--report", type=Path, default=Path("docs/preference"), help="where figures and picture go")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one step and hardly any problem, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="two steps and hardly any problem, to see that it runs")
     args = parser.parse_args(argv)
     if set(args.seeds) & set(args.tuning_seeds):
         parser.error("settings are to be chosen on seeds that are not compared: change --tuning-seeds.")

@@ -45,7 +45,7 @@ def planted_pairs(drawn: list[Problem], seed: int, flipped: float = 0.0) -> list
     """A right answer against one with a single mistake of the teacher's, each with irrelevant characters of its own.
 
     Rows have `prompt`, `chosen`, `rejected`, `sample_id`; `decisive` and `filler`, the places in both answers that decide and
-    that mean nothing; `flipped`, whether the labels were exchanged, which happens to exactly a share `flipped` of the rows.
+    that mean nothing, and `slots`, those that decide in some pair; `flipped`, whether the labels were exchanged, which happens to exactly a share `flipped` of the rows.
     """
     rng = Random(f"preference playground pairs {seed}")
     rows = []
@@ -61,6 +61,7 @@ def planted_pairs(drawn: list[Problem], seed: int, flipped: float = 0.0) -> list
                 "sample_id": problem.expression,
                 "decisive": list(filled.decisive_places(place, digits)),
                 "filler": filled.filler_places(digits),
+                "slots": [place for column in range(digits) for place in filled.decisive_places(column, digits)],
                 "flipped": False,
             }
         )

@@ -12,6 +12,7 @@ TITLES = {
     "lists_4": "lists of 4",
     "lists_8": "lists of 8",
     "noise": "pairs with noise",
+    "noise_fitted": "pairs with noise, fitted",
     "delta": "pairs of two weak models",
 }
 FORESTS = ("weights", "lists_4", "lists_8", "noise", "delta")
@@ -48,18 +49,29 @@ def summary(study: str, results: dict[str, list[dict]], begun: list[dict]) -> di
                     differences = [value(a, path) - value(b, path) for a, b in zip(runs, theirs, strict=True)]
                     arms[arm][title][f"minus {reference}"] = interval(differences)
     costs = {arm: {key: statistics.mean(run[key] for run in runs) for key in ("sequences", "cpu_seconds")} for arm, runs in results.items()}  # fmt: skip
-    return {"arms": arms, "costs": costs, "masks": _masks(results), "runs": results}
+    return {
+        "arms": arms,
+        "costs": costs,
+        "masks": _masks(results, begun) if study == "weights" else {},
+        "runs": results,
+    }
 
 
-def _masks(results):
-    """By arm and term (`reward`, `kl`): means and halves of intervals of what the masks tell."""
-    found = {}
+def _masks(results, begun):
+    """By arm and term (`reward`, `kl`): means and halves of intervals of what masks tell, those that are learned before training
+    too; and of a mask that knows where mistakes can be. Masks of ones tell nothing and are left out."""
+
+    def figures(measured):
+        return {title: interval([each[key] for each in measured]) for title, key in settings.MASK_MEASURES.items()}
+
+    found = {"mask that knows the places of mistakes": figures([run["slots"] for run in begun])}
     for arm, runs in results.items():
         for term in runs[0].get("masks", ()):
-            figures = {title: interval([run["masks"][term][key] for run in runs]) for title, key in settings.MASK_MEASURES.items()}  # fmt: skip
-            # A mask of ones tells nothing.
-            if figures["mean weight, decisive"] != figures["mean weight, irrelevant"]:
-                found[f"{arm}, {term}"] = figures
+            learned = any(run["masks"] != run["masks before"] for run in runs)
+            for key, words in (("masks before", ", before training"), ("masks", "")) if learned else (("masks", ""),):
+                measured = [run[key][term] for run in runs]
+                if any(each["auc"] != 0.5 for each in measured):
+                    found[f"{arm}, {term}{words}"] = figures(measured)
     return found
 
 

@@ -126,7 +126,7 @@ def _begun(job):
         size, tokens = settings.LARGEST_LIST, job.settings["tokens"]
         lists = data.sampled_lists(model, tokenizer, training, size, job.seed, tokens)
         data.write_lines(job.rows, lists)
-        return found | {"lists": len(lists), "lists_of": len(training)}
+        return found | {"lists": len(lists), "lists_of": len(training), "slots": _slots(job, tokenizer)}
     teachers = {name: job.playground(steps) for name, steps in job.settings["teachers"].items()}
     found |= {name: _pass_rates(job, *loaded(folder)) for name, folder in teachers.items()}
     prompts = data.write_lines(job.rows.with_name(f"prompts-{job.seed}.jsonl"), [data.question(p) for p in training])
@@ -144,6 +144,13 @@ def _begun(job):
         progress=False,
     )
     return found | {"pairs": built.pairs, "dropped": built.dropped, "delta": built.delta.to_dict()}
+
+
+def _slots(job, tokenizer):
+    """The measures of a mask that knows where a mistake can be, and not in which column it is."""
+    rows = job.held_out_pairs
+    inside = measures.tokenised(tokenizer, rows)[1][:, 1:]
+    return measures.mask_measures(measures.places(inside, rows, "slots"), inside, rows)
 
 
 def training_rows(job: Job) -> list[dict]:
@@ -179,10 +186,14 @@ def _trained(job):
     with tempfile.TemporaryDirectory() as folder:
         trainer = (_sft if job.arm == settings.SFT else _preference)(job, model, tokenizer, rows, folder)
         trainer.remove_callback(PrinterCallback)
+        masked = job.study == "weights" and trainer.rule is not None
+        before = _masks(job, trainer, tokenizer) if masked else {}
         trainer.train()
         found = {"rows": len(rows), "sequences": sequences(job), **_pass_rates(job, model, tokenizer)}
         if not job.is_delta:
-            found |= _on_pairs(job, trainer, loaded(playground)[0], tokenizer, rows)
+            found |= _on_pairs(job, trainer.model, loaded(playground)[0], tokenizer, rows)
+        if masked:
+            found |= {"masks": _masks(job, trainer, tokenizer), "masks before": before}
     return found
 
 
@@ -218,33 +229,29 @@ def _pass_rates(job, model, tokenizer):
     return measures.pass_rates(model, tokenizer, job.questions, wanted["samples"], wanted["tokens"], job.seed)
 
 
-def _on_pairs(job, trainer, reference, tokenizer, rows):
-    held_out = job.held_out_pairs
-    measured = measures.pair_measures(trainer.model, reference, tokenizer, held_out)
+def _on_pairs(job, policy, reference, tokenizer, rows):
+    measured = measures.pair_measures(policy, reference, tokenizer, job.held_out_pairs)
     found = {"held_out": measures.summarised(measured)}
-    if job.study == "noise":
-        beta = job.keys["beta"]
-        margins = {
-            "training": measures.pair_measures(trainer.model, reference, tokenizer, rows)["margins"],
-            "held out": measured["margins"],
-        }
+    if "flipped" in job.settings:
+        training = measures.pair_measures(policy, reference, tokenizer, rows)["margins"]
         exchanged = torch.tensor([row["flipped"] for row in rows])
-        margins |= {"right": margins["training"][~exchanged], "exchanged": margins["training"][exchanged]}
-        found["losses"] = {
-            name: measures.loss_tail(values, beta, settings.EPSILON) for name, values in margins.items()
-        }
-    if trainer.rule is not None and job.study == "weights":
-        found["masks"] = _masks(trainer, tokenizer, held_out)
+        margins = {"training": training, "held out": measured["margins"]}
+        margins |= {"right": training[~exchanged], "exchanged": training[exchanged]}
+        beta, epsilon = job.keys["beta"], settings.EPSILON
+        found["losses"] = {name: measures.loss_tail(values, beta, epsilon) for name, values in margins.items()}
     return found
 
 
 @torch.no_grad()
-def _masks(trainer, tokenizer, rows):
+def _masks(job, trainer, tokenizer):
     """What the weights of the held-out pairs' tokens tell of the planted ones: those of the reward, and of the KL."""
+    rows = job.held_out_pairs
     tokens, inside = measures.tokenised(tokenizer, rows)
     inputs = {"input_ids": tokens, "attention_mask": (tokens != tokenizer.pad_token_id).long(), "completion_mask": inside.long()}  # fmt: skip
     trainer.model.eval()
-    terms = trainer.token_terms(trainer.scored_tokens(trainer.model, inputs), inputs)
+    # The order of random numbers of the training that may follow is not ours to change.
+    with torch.random.fork_rng(devices=[]):
+        terms = trainer.token_terms(trainer.scored_tokens(trainer.model, inputs), inputs)
     return {
         name: measures.mask_measures(mask, inside[:, 1:], rows)
         for name, mask in (("reward", terms.reward), ("kl", terms.kl))

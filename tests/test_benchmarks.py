@@ -344,7 +344,7 @@ def test_measures_of_pairs_against_one_at_a_time(monkeypatch, playground):
 
 @pytest.mark.slow
 def test_preference_on_the_playground_compares_equal_numbers(monkeypatch, tmp_path, capsys):
-    """All stages with one step: no result, but every arm and seed, a choice by the rule, and a study that is not run twice."""
+    """All stages with two steps: no result, but every arm and seed, a choice by the rule, and a study that is not run twice."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     module = load("preference_playground")
     settings = module.settings
@@ -385,7 +385,11 @@ def test_preference_on_the_playground_compares_equal_numbers(monkeypatch, tmp_pa
     seen = {arm: costs["sequences"] for arm, costs in found["studies"]["lists_8"]["costs"].items()}
     assert seen["LiPO-λ"] == seen["DPO, drawn pairs"] == 4 * seen["DPO, best and worst"]
     masks = found["studies"]["weights"]["masks"]
-    assert set(masks) == {f"{arm}, {term}" for arm in ("MaPO", "SparsePO, independent") for term in ("reward", "kl")}
+    learned = [
+        f"SparsePO, independent, {term}{when}" for term in ("reward", "kl") for when in (", before training", "")
+    ]
+    assert list(masks) == ["mask that knows the places of mistakes", "MaPO, reward", "MaPO, kl", *learned]
+    assert masks["mask that knows the places of mistakes"]["AUC, decisive against irrelevant"] == [1.0, 0.0]
     losses = found["studies"]["noise"]["runs"]["feasible, resilient"][0]["losses"]
     assert set(losses) == {"training", "held out", "right", "exchanged"}
     assert (tmp_path / "report" / "preference_playground.png").stat().st_size > 10_000
