@@ -12,12 +12,14 @@ import pytest
 import trl
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from transformers import Trainer
-from trl.trainer import grpo_trainer
+from trl.trainer import dpo_trainer, grpo_trainer
 
 from hf_delta._compat import peft as peft_compat
 from hf_delta._compat import transformers as transformers_compat
 from hf_delta._compat import trl as compat
+from hf_delta._compat import trl_dpo
 from hf_delta._compat.imports import when_imported
+from hf_delta._compat.trl_state import ExtraState
 
 
 @pytest.mark.parametrize("name", compat.SEAMS)
@@ -50,6 +52,59 @@ def test_rollouts_carry_what_the_trainer_reads():
     source = inspect.getsource(trl.GRPOTrainer._generate_and_score_completions)
     for key in ("completion_mask", "tool_mask", "advantages", "num_items_in_batch", "old_per_token_logps"):
         assert f'"{key}"' in source
+
+
+# -- DPO ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", trl_dpo.SEAMS)
+def test_signatures_of_dpo_are_the_recorded_ones(name):
+    parameters = tuple(inspect.signature(getattr(trl.DPOTrainer, name)).parameters)
+    assert parameters == trl_dpo.SEAMS[name], f"TRL changed DPOTrainer.{name}: see hf_delta/_compat/trl_dpo.py"
+
+
+def test_every_private_override_of_dpo_is_recorded():
+    functions = {n for n, f in vars(trl_dpo.DPOHooks).items() if inspect.isfunction(f)}
+    overridden = {n for n in functions if n.startswith("_") and hasattr(trl.DPOTrainer, n)}
+    assert overridden - {"__init__"} == trl_dpo.SEAMS.keys()
+
+
+@pytest.mark.parametrize("owner", [trl.GRPOTrainer, trl.DPOTrainer])
+def test_signatures_of_checkpoints_are_the_recorded_ones(owner):
+    overridden = {n for n in vars(ExtraState) if n.startswith("_") and not n.startswith("__")}
+    for name in overridden:
+        assert tuple(inspect.signature(getattr(owner, name)).parameters) == compat.SEAMS[name]
+    assert {"_save_checkpoint", "_load_optimizer_and_scheduler"} <= overridden
+
+
+@pytest.mark.parametrize("name", trl_dpo.ATTRIBUTES)
+def test_attributes_of_dpo_are_set_in_the_constructor(name):
+    assert f"self.{name} = " in inspect.getsource(trl.DPOTrainer.__init__)
+
+
+def test_dpo_loss_types_are_the_ones_that_the_loss_compares_with():
+    tree = ast.parse(textwrap.dedent(inspect.getsource(dpo_trainer.DPOTrainer._compute_loss)))
+    compared = [
+        node.comparators[0].value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Compare) and ast.unparse(node.left) == "loss_type" and isinstance(node.ops[0], ast.Eq)
+    ]
+    assert sorted(compared) == sorted(trl_dpo.DPO_LOSS_TYPES)
+
+
+def test_the_loss_of_dpo_counts_tokens_and_calls_the_head_as_ours_does():
+    """What `DPOHooks.model_inputs` and `count_tokens` repeat of TRL's loss."""
+    source = inspect.getsource(dpo_trainer.DPOTrainer._compute_loss)
+    for line in (
+        'labels = inputs["input_ids"].masked_fill(completion_mask == 0, -100)',
+        "outputs = model(**model_kwargs, labels=labels, fused_lm_head=True)",
+        "self._total_train_tokens += num_tokens_in_batch // self._tp_size",
+        'adapter_name="ref" if "ref" in ref_model_unwrapped.peft_config else None',
+    ):
+        assert line in source
+
+
+def test_columns_of_dpo_are_the_ones_that_ours_are_added_to():
+    source = inspect.getsource(dpo_trainer.DPOTrainer._set_signature_columns_if_needed)
+    assert "self._signature_columns = [" in source
 
 
 @pytest.mark.parametrize("name", transformers_compat.SEAMS)

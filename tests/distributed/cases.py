@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer
 from hf_delta.checkpoint import STATE_FILE, load_state
 from tests.adapters.life import DORA, KINDS
+from tests.distributed import preference
 from tests.distributed.fsdp_on_cpu import FSDP2, fsdp_on_cpu
 from tests.distributed.sharded_adapters import left_whole, sharded_adapter
 from tests.rl.frozen import GENERATIONS, PROMPTS, GradientRecorder, frozen_rollouts
@@ -181,6 +182,10 @@ CASES = {
     "gdro_resume_exp3": partial(gdro_resume, controller="exp3"),
     "delta_l_fsdp2": under_fsdp2(frozen_gradient),
     "resume_fsdp2": under_fsdp2(resume),
+    **{f"dpo_{method}": partial(preference.frozen, method=method) for method in preference.METHODS},
+    "dpo_evaluated": preference.evaluated,
+    "dpo_features_off": preference.features_off,
+    "dpo_resume": preference.resumed,
     **{f"fully_shard_{kind}": partial(sharded_adapter, kind=kind) for kind in [*KINDS, *DORA]},
     "left_whole_bone": partial(left_whole, kind="bone"),
     "left_whole_dora": partial(left_whole, kind="dora"),

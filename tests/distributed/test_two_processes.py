@@ -5,6 +5,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.adapters.life import DORA, KINDS
+from tests.distributed import preference
 from tests.distributed.cases import FROZEN, LEARNING, ROWS
 from tests.rl.frozen import GENERATIONS, PROMPTS, GradientRecorder, frozen_rollouts
 from tests.rl.gdro import gdro_objective
@@ -114,3 +115,60 @@ def test_adapters_are_merged_and_disabled_in_shards_and_not_in_what_a_forward_le
     for rank in two_processes(f"left_whole_{kind}"):
         assert len(rank["errors"]) == 18 and max(rank["errors"].values()) < 1e-5, rank["errors"]
         assert kind == "dora" or "lm_head: its weight is sharded and tied" in rank["refused"]
+
+
+# -- preference -----------------------------------------------------------------------------------------------------
+def assert_near(found, expected, tolerance=1e-6):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("method", preference.METHODS)
+def test_dpo_in_two_processes_is_dpo_in_one(world, two_processes, tmp_path, method):
+    """Gradients of the second step and what SGD made of them, masks, multipliers, and what is logged."""
+    alone = preference.frozen(world, tmp_path, method, processes=1)
+    assert max(g.abs().max().item() for g in alone["gradient"].values()) > 1e-2
+    assert bool(alone["masks"]) == ("sparse" in method) and bool(alone["multipliers"]) == (method == "feasible")
+    ranks = two_processes(f"dpo_{method}")
+    for rank in ranks:
+        for what in ("gradient", "parameters", "masks", "multipliers"):
+            # Multipliers are of losses of two steps, which are float32.
+            assert_near(rank[what], alone[what], 3e-6 if what == "multipliers" else 1e-6)
+        for one, other in zip(rank["metrics"], alone["metrics"], strict=True):
+            assert one.keys() == other.keys()
+            for key, value in other.items():
+                assert one[key] == pytest.approx(value, abs=1e-4), key
+    for what in ("parameters", "masks", "multipliers"):
+        assert_identical(ranks[0][what], ranks[1][what])
+
+
+def test_an_evaluation_counts_every_sample_once(world, two_processes, tmp_path):
+    alone = preference.evaluated(world, tmp_path, processes=1)["metrics"]
+    assert "eval_feasible/loss_cvar" in alone
+    for rank in two_processes("dpo_evaluated"):
+        assert rank["metrics"] == pytest.approx(alone, abs=1e-6)
+
+
+def test_dpo_with_our_features_off_is_trl_in_two_processes(two_processes):
+    for rank in two_processes("dpo_features_off"):
+        theirs = rank["theirs"]
+        for name in ("plain", "eta_0"):
+            assert_identical(theirs["parameters"], rank[name]["parameters"])
+        assert rank["plain"]["metrics"] == theirs["metrics"]
+        for ours, other in zip(rank["eta_0"]["metrics"], theirs["metrics"], strict=True):
+            assert {key: ours[key] for key in other} == pytest.approx(other, rel=1e-6, abs=1e-7)
+
+
+def test_dpo_resumes_in_two_processes_bit_for_bit(two_processes):
+    ranks = two_processes("dpo_resume")
+    assert [rank["written"] for rank in ranks] == [["save_file", "save_state"], []]
+    for rank in ranks:
+        assert rank["steps"] == [7, 7] and len(rank["multipliers"][0]["keys"]) == 10
+        for what in ("parameters", "masks", "multipliers"):
+            assert_identical(*rank[what])
+    # Only the first process logs.
+    straight, resumed = ranks[0]["metrics"]
+    assert len(straight) == 7 and straight == resumed
+    for what in ("parameters", "masks", "multipliers"):
+        assert_identical(ranks[0][what][1], ranks[1][what][1])
