@@ -80,22 +80,42 @@ EVALUATED = {"eval_strategy": "steps", "eval_steps": 1}
 
 
 # -- as TRL ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
+LOSSES = {
+    "nothing": ({}, {}),
+    "feasible": (FEASIBLE, {}),
+    "ones": (ONES, {}),
+    "feasible_hinge": (FEASIBLE, {"loss_type": ["hinge"]}),
+    "ones_ipo": (ONES, {"loss_type": ["ipo"]}),
+    "feasible_sigmoid_norm": (FEASIBLE, {"loss_type": ["sigmoid_norm"]}),
+    "ones_robust": (ONES, {"loss_type": ["robust"], "label_smoothing": 0.2}),
+    "ones_sft": (ONES, {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.7, 0.4]}),
+}
+
+
+def lora_or_full(cases, fast):
+    """Every case with and without an adapter; those not in `fast` belong to the slow tier."""
+    for case in cases:
+        for kind in ("lora", "full"):
+            marks = () if (case, kind) in fast else pytest.mark.slow
+            yield pytest.param(case, kind == "lora", marks=marks, id=f"{case}-{kind}")
+
+
 @pytest.mark.parametrize(
-    ("changes", "loss"),
-    [
-        ({}, {}),
-        (FEASIBLE, {}),
-        (ONES, {}),
-        (FEASIBLE, {"loss_type": ["hinge"]}),
-        (ONES, {"loss_type": ["ipo"]}),
-        (FEASIBLE, {"loss_type": ["sigmoid_norm"]}),
-        (ONES, {"loss_type": ["robust"], "label_smoothing": 0.2}),
-        (ONES, {"loss_type": ["sigmoid", "sft"], "loss_weights": [0.7, 0.4]}),
-    ],
-    ids=lambda value: "-".join(map(str, next(iter(value.values()), [""]))) if "loss_type" in value else "",
+    ("case", "peft"),
+    lora_or_full(
+        LOSSES,
+        {(case, kind) for case in ("nothing", "feasible", "ones") for kind in ("lora", "full")}
+        | {
+            ("feasible_hinge", "full"),
+            ("ones_ipo", "lora"),
+            ("feasible_sigmoid_norm", "lora"),
+            ("ones_robust", "full"),
+        }
+        | {("ones_sft", "lora")},
+    ),
 )
-def test_parameters_and_metrics_are_trl_bit_for_bit(world, tmp_path, peft, changes, loss):
+def test_parameters_and_metrics_are_trl_bit_for_bit(world, tmp_path, case, peft):
+    changes, loss = LOSSES[case]
     settings = {"peft_config": lora(0.2) if peft else None, "eval_dataset": Dataset.from_list(pair_rows(5))}
     settings |= {**EVALUATED, **loss, "max_steps": 3}
     theirs = trained(world, tmp_path / "a", trl.DPOTrainer, trl.DPOConfig, **settings)
@@ -118,23 +138,33 @@ def test_a_plain_config_is_trl_bit_for_bit(world, tmp_path, peft):
     assert metrics(theirs) == metrics(ours)
 
 
-@pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
+CHUNKED = {
+    "sigmoid": {},
+    "sft": {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
+    "use_weighting": {"use_weighting": True},
+    "ld_alpha": {"ld_alpha": 0.4},
+    "apo_zero": {"loss_type": ["apo_zero"]},
+    "js_divergence": {"f_divergence_type": "js_divergence"},
+    "precompute": {"precompute_ref_log_probs": True},
+}
+
+
 @pytest.mark.parametrize(
-    "loss",
-    [
-        {},
-        {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.3]},
-        {"use_weighting": True},
-        {"ld_alpha": 0.4},
-        {"loss_type": ["apo_zero"]},
-        {"f_divergence_type": "js_divergence"},
-        {"precompute_ref_log_probs": True},
-    ],
-    ids=str,
+    ("case", "peft"),
+    lora_or_full(
+        CHUNKED,
+        {
+            ("sigmoid", "full"),
+            ("sft", "lora"),
+            ("use_weighting", "full"),
+            ("ld_alpha", "lora"),
+            ("precompute", "lora"),
+        },
+    ),
 )
-def test_the_chunked_kernel_gives_what_trls_gives(world, tmp_path, peft, loss):
+def test_the_chunked_kernel_gives_what_trls_gives(world, tmp_path, case, peft):
     # SGD: Adam makes 1e-2 of a gradient of 1e-9.
-    settings = {"peft_config": lora() if peft else None, "optim": "sgd", "learning_rate": 0.1, **loss}
+    settings = {"peft_config": lora() if peft else None, "optim": "sgd", "learning_rate": 0.1, **CHUNKED[case]}
     settings |= {**EVALUATED, "eval_dataset": Dataset.from_list(pair_rows(5))}
     theirs = trained(world, tmp_path / "a", trl.DPOTrainer, trl.DPOConfig, **settings)
     ours = trained(world, tmp_path / "b", logps_kernel="chunked", **settings)
