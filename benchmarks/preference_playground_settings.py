@@ -90,6 +90,7 @@ GRID = [
     {"learning_rate": 1e-4, "beta": 0.5},
     {"learning_rate": 3e-4, "beta": 0.5},
     {"learning_rate": 3e-4, "beta": 2.0},
+    {"learning_rate": 3e-4, "beta": 8.0},
 ]
 # One beta: losses, which this study reports, are of different sizes at different ones.
 GRID_NOISE = [{"learning_rate": rate, "beta": 0.5} for rate in (5e-5, 1e-4, 3e-4)]
@@ -98,8 +99,9 @@ GRID_DELTA = [
     {"learning_rate": 1e-4, "beta": 5.0},
     {"learning_rate": 3e-4, "beta": 5.0},
     {"learning_rate": 3e-4, "beta": 10.0},
+    {"learning_rate": 1e-3, "beta": 10.0},
 ]
-GRID_SFT = [{"learning_rate": 3e-5}, {"learning_rate": 1e-4}, {"learning_rate": 3e-4}]
+GRID_SFT = [{"learning_rate": rate} for rate in (3e-5, 1e-4, 3e-4, 1e-3)]
 
 _MASKS = {"l1_reward": 0.001, "l1_kl": 0.001}
 WEIGHTS_ARMS = {
