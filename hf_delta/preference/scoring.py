@@ -85,7 +85,7 @@ class CompletionScoring(DPOHooks):
 
     def _mask_inputs(self, hidden_states: tuple[torch.Tensor, ...], mask: torch.Tensor) -> torch.Tensor:
         """Hidden states `(n, L, d)` at the positions that count; the embeddings are none of the layers."""
-        return torch.stack([states[:, :-1][mask] for states in hidden_states[1:]], dim=1)
+        return torch.stack([states[:, :-1][:, -mask.shape[1] :][mask] for states in hidden_states[1:]], dim=1)
 
     def _scored(self, mask, policy, ref_logps, activations=None) -> ScoredTokens:
         size = mask.shape[1]
@@ -93,6 +93,8 @@ class CompletionScoring(DPOHooks):
         logps, ref_logps = policy.log_probs[:, -size:], ref_logps[:, -size:]
         statistics = {name: getattr(policy, name)[:, -size:].detach() for name in STATISTICS}
         kl, masks = getattr(policy, "kl", None), getattr(policy, "masks", None)
+        if kl is not None:
+            kl = kl[:, -size:]
         if self.rule is not None and "kl" in self.rule.needs and not self.exact_kl:
             kl = sampled_kl(ref_logps, logps)
         if masks is not None:

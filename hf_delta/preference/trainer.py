@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from trl import DPOTrainer
 
 from hf_delta._compat.trl_dpo import DataCollatorForPreference
+from hf_delta.errors import InputError
 from hf_delta.preference import feasible, lists
 from hf_delta.preference.checks import (
     check_models,
@@ -102,9 +103,14 @@ class DeltaDPOTrainer(ResumableDPO):
         config = self.plain_reference.config.get_text_config()
         network = self.rule.network(config.hidden_size, config.num_hidden_layers)
         if network is not None:
+            self._check_own_optimizer()
             self.attach_mask_network(network)
-        if contrast := getattr(self.rule, "contrast", None):
-            self._add_contrast_weights(contrast)
+        if getattr(self.rule, "contrast", None):
+            self.train_dataset = self._contrasted(self.train_dataset)
+            if isinstance(self.eval_dataset, dict):
+                self.eval_dataset = {name: self._contrasted(rows) for name, rows in self.eval_dataset.items()}
+            elif self.eval_dataset is not None:
+                self.eval_dataset = self._contrasted(self.eval_dataset)
 
     def _paper_of_loss(self) -> tuple[str, str] | None:
         """Title and number of what the model card cites."""
@@ -114,25 +120,26 @@ class DeltaDPOTrainer(ResumableDPO):
             return self.rule.paper
         return feasible.PAPER if self.multipliers is not None else None
 
-    def _add_contrast_weights(self, contrast: dict[str, Any]) -> None:
-        def weighted(dataset):
-            return add_contrast_weights(
-                dataset,
-                **contrast,
-                batch_size=self.args.per_device_eval_batch_size,
-                process_index=self.accelerator.process_index,
-                num_processes=self.accelerator.num_processes,
-                vocab_size=self.plain_model.get_input_embeddings().weight.shape[0],
-                max_length=self.args.max_length,
-                truncation_mode=self.args.truncation_mode,
-                progress=not self.args.disable_tqdm,
+    def _check_own_optimizer(self) -> None:
+        if self.optimizer is not None:
+            raise InputError(
+                f"optimizers: the optimizer that was given does not train the mask network of {self.args.rule_name}, which is "
+                "made here. Leave it out, and write optim and optim_args."
             )
 
-        self.train_dataset = weighted(self.train_dataset)
-        if isinstance(self.eval_dataset, dict):
-            self.eval_dataset = {name: weighted(rows) for name, rows in self.eval_dataset.items()}
-        elif self.eval_dataset is not None:
-            self.eval_dataset = weighted(self.eval_dataset)
+    def _contrasted(self, dataset: Dataset) -> Dataset:
+        """Tokenised rows with the weights of contrast models."""
+        return add_contrast_weights(
+            dataset,
+            **self.rule.contrast,
+            batch_size=self.args.per_device_eval_batch_size,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+            vocab_size=self.plain_model.get_input_embeddings().weight.shape[0],
+            max_length=self.args.max_length,
+            truncation_mode=self.args.truncation_mode,
+            progress=not self.args.disable_tqdm,
+        )
 
     # -- rows -------------------------------------------------------------------------------------------------------
     def prepared_rows(self, dataset: Any, name: str, tokenized: Callable[..., Any]) -> Any:
@@ -141,7 +148,12 @@ class DeltaDPOTrainer(ResumableDPO):
         source = f"{name}_dataset"
         if not self._rows_are_checked or isinstance(dataset, IterableDataset):
             dataset = check_rows(dataset, source, self._config, self.rule)
-        return prepared(dataset, source, self._config, self.rule, tokenized)
+        rows = prepared(dataset, source, self._config, self.rule, tokenized)
+        names = rows.column_names or ()
+        # Rows of the constructor have their turn when there is a policy; those of an evaluation may be among them.
+        if self._rows_are_checked or not getattr(self.rule, "contrast", None) or "chosen_weights" in names:
+            return rows
+        return self._contrasted(rows)
 
     # -- losses -----------------------------------------------------------------------------------------------------
     def loss_of_batch(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
@@ -199,6 +211,11 @@ class DeltaDPOTrainer(ResumableDPO):
         self.multipliers.update(self.accelerator.gather(keys), self.accelerator.gather(losses.detach().float()))
         return loss
 
+    def evaluate(self, *args, **kwargs):
+        """As [`~trl.DPOTrainer.evaluate`]; `predict` leaves losses behind that nobody logs."""
+        self._eval_losses = []
+        return super().evaluate(*args, **kwargs)
+
     # -- what is told -----------------------------------------------------------------------------------------------
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self.write_examples()
@@ -214,7 +231,10 @@ class DeltaDPOTrainer(ResumableDPO):
     # -- the optimizer ----------------------------------------------------------------------------------------------
     def create_optimizer(self, *args, **kwargs):
         """As [`~transformers.Trainer.create_optimizer`], with a weight decay of its own for the mask network."""
+        made_before = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
+        if made_before:
+            return optimizer
         decay = getattr(self.rule, "weight_decay", None)
         if self.mask_network is not None and decay is not None and isinstance(optimizer, torch.optim.Optimizer):
             set_weight_decay(optimizer, list(self.mask_network.parameters()), decay)

@@ -343,3 +343,12 @@ BAD = {
 def test_bad_input(message):
     with pytest.raises(InputError, match=message):
         BAD[message](torch.randn(4, WIDTH), torch.randn(V, WIDTH), torch.tensor([1, 2, 3, 4]))
+
+
+def test_the_kl_of_models_that_are_all_but_equal_is_not_negative():
+    """Where the difference is lost in rounding, which goes either way."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(size, 16, generator=generator) for size in (200, 300))
+    ref_hidden = hidden * (1 + 1e-6 * torch.randn(200, 16, generator=generator))
+    found = token_logps_and_kl(hidden, weight, torch.zeros(200, dtype=torch.long), ref_hidden=ref_hidden).kl
+    assert (found >= 0).all() and found.max() < 1e-5

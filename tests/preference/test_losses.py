@@ -182,3 +182,11 @@ def test_a_kl_term_without_kl_is_a_mistake_in_the_code():
     logps, ref_logps, _, mask = completions()
     with pytest.raises(ValueError, match="no KL was given"):
         completion_scores(logps, ref_logps, None, TokenTerms(logps, logps), mask)
+
+
+@pytest.mark.parametrize("name", ["ipo", "sigmoid_norm"])
+def test_a_completion_without_tokens_counts_as_one_with_a_score_of_zero(name):
+    lengths = {"chosen_lengths": torch.tensor([0]), "rejected_lengths": torch.tensor([4])}
+    found = PAIR_LOSSES[name](torch.zeros(1), torch.tensor([-2.0]), 0.5, **lengths)
+    expected = {"ipo": (0.5 - 1) ** 2, "sigmoid_norm": math.log1p(math.exp(-0.25))}[name]
+    assert found.item() == pytest.approx(expected)

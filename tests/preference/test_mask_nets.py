@@ -281,3 +281,13 @@ def test_checkpoints_of_torch_hold_nothing_of_it(mesh):
 
 def test_a_single_net_is_usable_alone():
     assert MaskNet(WIDTH, 1)(states(5, depth=1)).shape == (5,)
+
+
+def test_the_sum_over_layers_is_dropped_too():
+    """With 32 layers, their own dropouts alone would never leave a mask at 0."""
+    torch.manual_seed(0)
+    module = network(dropout=0.5, depth=32)
+    masks = module(torch.randn(4000, 32, WIDTH))[0]
+    assert (masks == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+    # What is left counts twice, each time.
+    assert masks.mean().item() == pytest.approx(1.0, abs=0.1)

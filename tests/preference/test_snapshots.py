@@ -219,8 +219,10 @@ def test_examples_of_a_batch():
 def test_long_completions_are_cut():
     tokenizer, length = build_tokenizer("0123456789"), 700
     ids, ones = torch.full((2, length), 5), torch.ones(2, length)
-    (chosen, _) = examples_of(ids, ones, ones, ones, tokenizer, ["p"])
+    places = torch.arange(length).expand(2, -1) / 8
+    (chosen, _) = examples_of(ids, ones, places, ones, tokenizer, ["p"])
     assert len(chosen.tokens) == len(chosen.reward) == len(chosen.kl) == 512
+    assert chosen.reward[:2] == [0.0, 0.125]
 
 
 def byte_tokenizer():
