@@ -13,6 +13,7 @@ import argparse
 import json
 import multiprocessing
 import statistics
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -55,15 +56,15 @@ class Study:
         own = settings.STUDIES[study]["arms"].get(arm, {})
         return Job(study, arm, {**own, **keys}, seed, self.settings_of(study), self.bases, self.out / f"{name}.json")
 
-    def beginnings(self, seeds: list[int]) -> dict[str, list[Job]]:
-        """What seeds begin with, by family; the settings are those of the first study of the family."""
-        first = {settings.STUDIES[study]["family"]: study for study in reversed(settings.STUDIES)}
-        return {family: [self.job(study, None, {}, seed) for seed in seeds] for family, study in first.items()}
+    def beginnings(self, studies: Iterable[str], seeds: Iterable[int]) -> dict[str, list[Job]]:
+        """What the seeds of studies begin with, by the study that has it of its own."""
+        names = dict.fromkeys(settings.BEGINS_WITH.get(study, study) for study in studies)
+        return {name: [self.job(name, None, {}, seed) for seed in seeds] for name in names}
 
     def conduct(self, jobs: list[Job]) -> None:
         """Does what is missing; what the seeds begin with first."""
-        seeds = sorted({job.seed for job in jobs})
-        self._do([job for jobs in self.beginnings(seeds).values() for job in jobs])
+        begun = self.beginnings([job.study for job in jobs], sorted({job.seed for job in jobs}))
+        self._do([job for jobs in begun.values() for job in jobs])
         self._do(jobs)
 
     def _do(self, jobs: list[Job]) -> None:
@@ -111,18 +112,22 @@ def tuning_jobs(study: Study, seeds: list[int]) -> dict[tuple[str, str], list[li
         for name, content in settings.STUDIES.items()
         if name not in settings.TUNED_WITH
         for arm in content["arms"]
+        if len(settings.grid(name, arm)) > 1
     }
 
 
 def choose(study: Study, seeds: list[int]) -> dict[str, dict[str, dict]]:
     """By study and arm: the chosen `keys`, by the rule of the settings, and the `means` of all points of the grid."""
-    choice = {name: {} for name in settings.STUDIES}
+    choice = {
+        name: {arm: {"keys": settings.grid(name, arm)[0]} for arm in content["arms"]}
+        for name, content in settings.STUDIES.items()
+    }
     for (name, arm), points in tuning_jobs(study, seeds).items():
         means = [statistics.mean(value(run, settings.PRIMARY) for run in study.results(jobs)) for jobs in points]
         best = max(range(len(points)), key=means.__getitem__)
         choice[name][arm] = {"keys": settings.grid(name, arm)[best], "means": [round(mean, 4) for mean in means]}
-    for name, other in settings.TUNED_WITH.items():
-        choice[name] = {arm: {"keys": chosen["keys"]} for arm, chosen in choice[other].items()}
+    for name in settings.TUNED_WITH.keys() & choice.keys():
+        choice[name] = {arm: {"keys": chosen["keys"]} for arm, chosen in choice[settings.TUNED_WITH[name]].items()}
     return choice
 
 
@@ -179,11 +184,11 @@ def _final(study, args):
 
 def _report(study, args):
     choice = _choice(args)
-    begun = {family: study.results(jobs) for family, jobs in study.beginnings(args.seeds).items()}
+    begun = {name: study.results(jobs) for name, jobs in study.beginnings(settings.STUDIES, args.seeds).items()}
     found = {}
     for name, arms in final_jobs(study, choice, args.seeds).items():
         results = {arm: study.results(jobs) for arm, jobs in arms.items()}
-        found[name] = summary(name, results, begun[settings.STUDIES[name]["family"]])
+        found[name] = summary(name, results, begun[settings.BEGINS_WITH.get(name, name)])
     content = {"seeds": args.seeds, "choice": choice, "begun": begun, "studies": found}
     args.report.mkdir(parents=True, exist_ok=True)
     text = json.dumps(content, ensure_ascii=False).replace('{"study"', '\n{"study"')

@@ -9,13 +9,15 @@ from gdro_playground_report import interval
 COLOURS = ("#000000", "#0072B2", "#D55E00")
 TITLES = {
     "weights": "token weights",
+    "weights_beta_2": "token weights, equal settings",
     "lists_4": "lists of 4",
     "lists_8": "lists of 8",
     "noise": "pairs with noise",
     "noise_fitted": "pairs with noise, fitted",
     "delta": "pairs of two weak models",
+    "delta_weaker": "pairs of two weaker models",
 }
-FORESTS = ("weights", "lists_4", "lists_8", "noise", "delta")
+WIDTH = 6  # most measures in a table
 
 
 def value(run: dict, path: str) -> float:
@@ -34,7 +36,7 @@ def summary(study: str, results: dict[str, list[dict]], begun: list[dict]) -> di
         begun: what each seed began with, in the same order.
     """
     others = {settings.BASE: [run["base"] for run in begun]}
-    if study == "delta":
+    if study.startswith("delta"):
         others |= {f"{name} teacher": [run[name] for run in begun] for name in settings.TEACHERS}
     content, measures = settings.STUDIES[study], settings.MEASURES[study]
     arms = {}
@@ -52,7 +54,7 @@ def summary(study: str, results: dict[str, list[dict]], begun: list[dict]) -> di
     return {
         "arms": arms,
         "costs": costs,
-        "masks": _masks(results, begun) if study == "weights" else {},
+        "masks": _masks(results, begun) if study.startswith("weights") else {},
         "runs": results,
     }
 
@@ -66,33 +68,39 @@ def _masks(results, begun):
 
     found = {"mask that knows the places of mistakes": figures([run["slots"] for run in begun])}
     for arm, runs in results.items():
-        for term in runs[0].get("masks", ()):
-            learned = any(run["masks"] != run["masks before"] for run in runs)
-            for key, words in (("masks before", ", before training"), ("masks", "")) if learned else (("masks", ""),):
+        terms = list(runs[0].get("masks", ()))
+        # One mask for both terms is shown once.
+        same = len(terms) == 2 and all(run["masks"]["reward"] == run["masks"]["kl"] for run in runs)
+        learned = any(run["masks"] != run["masks before"] for run in runs) if terms else False
+        for term in terms[:1] if same else terms:
+            for key in ("masks before", "masks") if learned else ("masks",):
                 measured = [run[key][term] for run in runs]
                 if any(each["auc"] != 0.5 for each in measured):
-                    found[f"{arm}, {term}{words}"] = figures(measured)
+                    words = [arm, *([] if same else [term]), *(["before training"] if key == "masks before" else [])]
+                    found[", ".join(words)] = figures(measured)
     return found
 
 
 def markdown(study: str, found: dict) -> str:
     tables = [f"## {TITLES[study]}"]
-    measures = settings.MEASURES[study]
-    arms = found["arms"]
-    tables.append(table([""] + list(measures), {arm: [_cell(f.get(m, {}).get("mean")) for m in measures] for arm, f in arms.items()}))  # fmt: skip
-    for reference in settings.STUDIES[study]["references"]:
-        rows = {
-            arm: [_cell(figures.get(m, {}).get(f"minus {reference}"), sign="+") for m in measures]
-            for arm, figures in arms.items()
-        }
-        rows = {arm: cells for arm, cells in rows.items() if any(cells)}
-        tables.append(table([f"minus {reference}", *measures], rows))
+    names = list(settings.MEASURES[study])
+    for start in range(0, len(names), WIDTH):
+        some = names[start : start + WIDTH]
+        tables += [_comparison(found["arms"], some, key) for key in ("mean", *(f"minus {r}" for r in settings.STUDIES[study]["references"]))]  # fmt: skip
     if found["masks"]:
         rows = {name: [_cell(figure) for figure in figures.values()] for name, figures in found["masks"].items()}
         tables.append(table(["mask", *settings.MASK_MEASURES], rows))
     rows = {arm: [f"{costs['sequences']:.0f}", f"{costs['cpu_seconds']:.1f}"] for arm, costs in found["costs"].items()}
     tables.append(table(["", "sequences seen", "CPU seconds a run"], rows))
     return "\n\n".join(tables)
+
+
+def _comparison(arms, names, key):
+    """Table of measures under `mean` or `minus <reference>`, without arms that have none."""
+    sign = "" if key == "mean" else "+"
+    rows = {arm: [_cell(figures.get(name, {}).get(key), sign) for name in names] for arm, figures in arms.items()}
+    head = "" if key == "mean" else key
+    return table([head, *names], {arm: cells for arm, cells in rows.items() if any(cells)})
 
 
 def table(head: list[str], rows: dict[str, list[str]]) -> str:
@@ -117,8 +125,8 @@ def draw(found: dict, path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
-    for axes, study in zip(panels.flat, FORESTS):
+    figure, panels = plt.subplots(3, 3, figsize=(15, 11), layout="constrained")
+    for axes, study in zip(panels.flat, found):
         _draw_forest(axes, study, found[study])
     _draw_masks(panels.flat[-1], found["weights"]["masks"])
     figure.savefig(path, dpi=100)

@@ -69,7 +69,7 @@ class Job:
     @property
     def rows(self) -> Path:
         """Lists sampled from the base, or pairs of the two weak models."""
-        return self.out.parent / ("pairs" if self.is_delta else "lists") / f"{self.seed}.jsonl"
+        return self.out.parent / (f"pairs-{self.study}" if self.is_delta else "lists") / f"{self.seed}.jsonl"
 
     def playground(self, steps: int | None = None) -> Path:
         """Base model of the study, or a teacher after that many steps."""
@@ -186,7 +186,7 @@ def _trained(job):
     with tempfile.TemporaryDirectory() as folder:
         trainer = (_sft if job.arm == settings.SFT else _preference)(job, model, tokenizer, rows, folder)
         trainer.remove_callback(PrinterCallback)
-        masked = job.study == "weights" and trainer.rule is not None
+        masked = job.settings["family"] == "filled_sums" and trainer.rule is not None
         before = _masks(job, trainer, tokenizer) if masked else {}
         trainer.train()
         found = {"rows": len(rows), "sequences": sequences(job), **_pass_rates(job, model, tokenizer)}

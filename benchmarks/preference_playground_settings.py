@@ -3,6 +3,8 @@
 Studies, each with its own comparisons:
 
 - `weights`: pairs that differ in two decisive characters and in some ten irrelevant ones (`preference_playground_task.py`).
+- `weights_beta_2`: the same with one learning rate and beta for all arms, added after the final runs of the others, in which a beta
+  of 2 had been chosen for some arms and of 8 for others.
 - `lists_4`, `lists_8`: lists of samples of the base model, scored by the share of digits that are right. List losses see whole
   lists; `DPO, best and worst` sees as many prompts in a step, and 2 of their 4 or 8 sequences; `DPO, drawn pairs` as many prompts and
   as many sequences. Both sizes of lists come from the same problems.
@@ -10,7 +12,9 @@ Studies, each with its own comparisons:
   every pair, the resilient form with slack. `noise_fitted` is the same at the largest learning rate of the grid, where ERM fits
   the wrong labels too; nothing is chosen for it.
 - `delta`: pairs of the greedy answers of two weak models, of addition, pre-trained for as many steps as `TEACHERS` says, for a student with
-  all 750. DPO normalised by length, and SFT on the same chosen answers as control.
+  all 750. DPO normalised by length, and SFT on the same chosen answers as control. `delta_weaker` was added after the final runs
+  of the others: in `delta` greedy answers of the strong teacher are as good as the student's, and here they are worse. It goes with
+  what was chosen for `delta`.
 
 Choice: learning rate and beta of each arm are those of `GRID` with the highest mean of the primary measure over the tuning seeds; of
 equal ones the first. One grid for all arms of a study; SFT, which has no beta, has as many learning rates. Both sizes of lists go
@@ -42,11 +46,13 @@ _TAIL = {
 }
 MEASURES = {
     "weights": {**_PASS, **_PAIRS, **_KL},
+    "weights_beta_2": {**_PASS, **_PAIRS, **_KL},
     "lists_4": {**_PASS, **_PAIRS},
     "lists_8": {**_PASS, **_PAIRS},
     "noise": {**_PASS, **_PAIRS, **_TAIL},
     "noise_fitted": {**_PASS, **_PAIRS, **_TAIL},
     "delta": _PASS,
+    "delta_weaker": _PASS,
 }
 MASK_MEASURES = {
     "AUC, decisive against all others": "auc",
@@ -95,6 +101,7 @@ GRID = [
 # One beta: losses, which this study reports, are of different sizes at different ones.
 GRID_NOISE = [{"learning_rate": rate, "beta": 0.5} for rate in (5e-5, 1e-4, 3e-4)]
 GRID_FITTED = GRID_NOISE[-1:]
+GRID_BETA_2 = GRID[3:4]
 GRID_DELTA = [
     {"learning_rate": 1e-4, "beta": 5.0},
     {"learning_rate": 3e-4, "beta": 5.0},
@@ -136,26 +143,34 @@ NOISE_ARMS = {
 }
 
 TEACHERS = {"strong": 350, "weak": 200}
+WEAKER_TEACHERS = {"strong": 250, "weak": 150}
 DELTA_DPO, SFT = "DPO, normalised", "SFT on chosen"
 DELTA_ARMS = {DELTA_DPO: {"loss_type": ["sigmoid_norm"]}, SFT: {}}
 
+_WEIGHTS = {**FILLED, "references": [DPO], "arms": WEIGHTS_ARMS, "rows_a_level": 32, "prompts": 16, "steps": 40}
 _LISTS = {**FILLED, "references": [BEST_AND_WORST, DRAWN_PAIRS], "arms": LISTS_ARMS, "prompts": 8, "steps": 40}
 _NOISE = {**FILLED, "references": [ERM], "arms": NOISE_ARMS, "flipped": 0.2, "rows_a_level": 32, "prompts": 16, "steps": 60}  # fmt: skip
+_DELTA = {**ADDITION, "references": [BASE, "strong teacher", SFT], "arms": DELTA_ARMS, "rows_a_level": 80, "prompts": 16, "steps": 40}  # fmt: skip
 STUDIES = {
-    "weights": {**FILLED, "references": [DPO], "arms": WEIGHTS_ARMS, "rows_a_level": 32, "prompts": 16, "steps": 40},
+    "weights": _WEIGHTS,
+    "weights_beta_2": _WEIGHTS,
     "lists_4": {**_LISTS, "size": 4, "rows_a_level": 32},
     "lists_8": {**_LISTS, "size": 8, "rows_a_level": 32},
     "noise": _NOISE,
     "noise_fitted": _NOISE,
-    "delta": {**ADDITION, "references": [BASE, "strong teacher", SFT], "arms": DELTA_ARMS, "rows_a_level": 80, "prompts": 16, "steps": 40},
-}  # fmt: skip
+    "delta": _DELTA,
+    "delta_weaker": {**_DELTA, "teachers": WEAKER_TEACHERS},
+}
+# Studies that begin with the bases and lists of another.
+BEGINS_WITH = dict.fromkeys(("weights_beta_2", "lists_4", "lists_8", "noise", "noise_fitted"), "weights")
 LARGEST_LIST = 8
 # Studies whose choice is another's.
-TUNED_WITH = {"lists_8": "lists_4"}
+TUNED_WITH = {"lists_8": "lists_4", "delta_weaker": "delta"}
 
 
 def grid(study: str, arm: str) -> list[dict]:
-    """Settings among which an arm's are chosen."""
+    """Settings among which an arm's are chosen; where there is one, nothing is."""
     if arm == SFT:
         return GRID_SFT
-    return {"noise": GRID_NOISE, "noise_fitted": GRID_FITTED, "delta": GRID_DELTA}.get(study, GRID)
+    grids = {"noise": GRID_NOISE, "noise_fitted": GRID_FITTED, "weights_beta_2": GRID_BETA_2}
+    return grids.get(study, GRID_DELTA if study.startswith("delta") else GRID)
