@@ -4,6 +4,7 @@ import inspect
 import json
 from collections.abc import Mapping
 from difflib import get_close_matches
+from numbers import Real
 from typing import Any
 
 from hf_delta.errors import InputError
@@ -28,18 +29,20 @@ def named_rule(name: str, known: Mapping[str, Any], key: str) -> Any:
     return rule
 
 
-def build_rule(name: str, kwargs: Mapping[str, Any], known: Mapping[str, Any], key: str) -> Any:
-    """The rule itself: a function as it is, a class instantiated with `kwargs`.
+def build_rule(
+    name: str, kwargs: Mapping[str, Any], known: Mapping[str, Any], key: str, kwargs_key: str | None = None
+) -> Any:
+    """The rule itself: a function as it is, a class instantiated with `kwargs`, which stand under `kwargs_key` or `key_kwargs`.
 
     Raises:
         `InputError`: as [`named_rule`], or the arguments are not those that the rule takes.
     """
-    rule = named_rule(name, known, key)
+    rule, kwargs_key = named_rule(name, known, key), kwargs_key or f"{key}_kwargs"
     if not isinstance(rule, type):
         if kwargs:
-            raise InputError(f"{key}_kwargs: {name} is a function and takes none; make it a class.")
+            raise InputError(f"{kwargs_key}: {name} is a function and takes none; make it a class.")
         return rule
-    return build(rule, kwargs, f"{key}_kwargs")
+    return build(rule, kwargs, kwargs_key)
 
 
 def build(cls: type, kwargs: Mapping[str, Any], key: str) -> Any:
@@ -60,8 +63,25 @@ def build(cls: type, kwargs: Mapping[str, Any], key: str) -> Any:
         raise InputError(f"{key}: {error}. {cls.__name__} takes: {takes}.{meant}") from error
     try:
         return cls(**kwargs)
-    except (InputError, TypeError, ValueError) as error:
+    except InputError as error:
         raise InputError(f"{key}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{key}: {_wrong_kind(signature, kwargs) or error}") from error
+
+
+def _wrong_kind(signature: inspect.Signature, kwargs: Mapping[str, Any]) -> str | None:
+    """The first argument that is not what its annotation says, for what Python's own complaint leaves unsaid."""
+    kinds = {
+        float: (Real, "a number"),
+        int: (int, "a whole number"),
+        str: (str, "text"),
+        bool: (bool, "true or false"),
+    }
+    for name, value in kwargs.items():
+        kind = signature.parameters[name].annotation if name in signature.parameters else None
+        if kind in (float, int, str, bool) and not isinstance(value, kinds[kind][0]):
+            return f"{name} must be {kinds[kind][1]}, got {value!r}."
+    return None
 
 
 def as_dict(value: dict | str | None, key: str) -> dict[str, Any]:

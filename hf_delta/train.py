@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _INSTALL = {
     "vllm": "pip install -c constraints-vllm.txt 'hf_delta[vllm]', or write use_vllm: false",
     "bitsandbytes": "pip install 'hf_delta[quantization]', or leave load_in_4bit and load_in_8bit out",
+    "liger_kernel": "pip install liger-kernel, or leave use_liger_kernel out",
 }
 
 
@@ -120,7 +121,11 @@ def _check_model(recipe: Recipe) -> None:
         `InputError`: there is no model of that name, or a package that it would be loaded with is missing.
     """
     name, model, training = recipe.model.model_name_or_path, recipe.model, recipe.training
-    needed = {"vllm": getattr(training, "use_vllm", False), "bitsandbytes": model.load_in_4bit or model.load_in_8bit}
+    needed = {
+        "vllm": getattr(training, "use_vllm", False),
+        "bitsandbytes": model.load_in_4bit or model.load_in_8bit,
+        "liger_kernel": training.use_liger_kernel,
+    }
     for package, is_needed in needed.items():
         if is_needed and importlib.util.find_spec(package) is None:
             raise InputError(f"{recipe.source}: {package} is not installed: {_INSTALL[package]}.")
@@ -178,6 +183,12 @@ def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | Non
             raise
         logger.debug("The constructor of the trainer failed.", exc_info=True)
         raise InputError(f"{recipe.source}: {type(error).__name__}: {str(error).strip()}") from error
+    if not len(trainer.train_dataset):
+        # Rows whose prompt fills max_length have nothing to learn from, and TRL leaves them out.
+        raise InputError(
+            f"{recipe.source}: no row is left to train on: every prompt alone has max_length ({training.max_length}) tokens "
+            "or more. Raise max_length."
+        )
     if not training.disable_tqdm:
         trainer.remove_callback(ProgressCallback)
         trainer.add_callback(TrainingProgress)

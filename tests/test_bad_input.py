@@ -114,14 +114,20 @@ def test_rows_of_preferences(tmp_path, playground, capsys, changes, good, bad, s
             {"load_in_4bit": True, "peft_config": LORA},
             "bitsandbytes is not installed: pip install 'hf_delta[quantization]'",
         ),
+        ({"use_liger_kernel": True}, "liger_kernel is not installed: pip install liger-kernel, or leave"),
         ({"playground_task": "subtractoin"}, "subtractoin"),
     ],
 )
 def test_names_and_numbers(tmp_path, playground, capsys, monkeypatch, changes, said):
     find_spec = importlib.util.find_spec
-    absent = ("vllm", "bitsandbytes")
+    absent = ("vllm", "bitsandbytes", "liger_kernel")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in absent else find_spec(name, *a))
     assert said in refusal(tmp_path, keys("grpo", playground, tmp_path / "out", **changes), capsys)
+
+
+def test_prompts_that_fill_max_length(tmp_path, playground, capsys):
+    content = keys("dpo", playground, tmp_path / "out", max_length=3)
+    assert "no row is left to train on: every prompt alone has max_length (3)" in refusal(tmp_path, content, capsys)
 
 
 def test_a_model_directory_without_a_model(tmp_path, playground, capsys):

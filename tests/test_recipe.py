@@ -285,6 +285,7 @@ GRPO = SFT.replace("sft", "grpo") + "reward_funcs: [playground_reward]\nnum_gene
         ("learning_rate: .inf", "must be finite, got inf."),
         ("seed: -1", "must be at least 0, got -1."),
         ("epsilon: -0.2", "must be at least 0, got -0.2."),
+        ("beta: -0.1", "must be at least 0, got -0.1."),
         ("top_p: 0.0", "must be above 0 and at most 1, got 0.0."),
         ("top_p: 1.5", "must be above 0 and at most 1, got 1.5."),
         ("scale_rewards: groups", "is 'groups', which it does not take; did you mean 'group'?"),

@@ -125,7 +125,9 @@ class DeltaDPOConfig(DPOConfig):
         if self.rule_name is None:
             return None
         key = "token_weights" if self.token_weights is not None else "loss_type"
-        return token_rule(build_rule(self.rule_name, self.token_weights_kwargs, TOKEN_WEIGHTS, key))
+        return token_rule(
+            build_rule(self.rule_name, self.token_weights_kwargs, TOKEN_WEIGHTS, key, "token_weights_kwargs")
+        )
 
     def build_multipliers(self) -> Multipliers | None:
         """Multipliers of feasible learning; see [`DeltaDPOConfig.build_rule`] for what is raised."""
@@ -139,8 +141,12 @@ class DeltaDPOConfig(DPOConfig):
     def _check_losses(self) -> None:
         ours = [name for name in self.loss_type if name in TOKEN_OBJECTIVES or name in LIST_LOSSES]
         known = (*DPO_LOSS_TYPES, *TOKEN_OBJECTIVES, *LIST_LOSSES)
+        if not self.loss_type:
+            raise InputError(f"loss_type is an empty list. Write one of {', '.join(known)}.")
         if unknown := [name for name in self.loss_type if name not in known]:
-            near = get_close_matches(str(unknown[0]), known, n=1)
+            # lipo is lipo_lambda, whatever else has letters in common with it.
+            begun = [name for name in known if name.startswith(f"{unknown[0]}_")]
+            near = begun or get_close_matches(str(unknown[0]), known, n=1)
             meant = f"did you mean {near[0]}?" if near else f"write one of {', '.join(known)}."
             raise InputError(f"loss_type: there is no {unknown[0]!r}; {meant}")
         if len(ours) > 1:

@@ -243,8 +243,9 @@ def _check(dataset: Dataset, positive: Model, negative: Model, batch_size: int, 
         raise InputError(
             f"The data set has {' and '.join(present)} already: drop them, or leave out the contrast models and take the columns."
         )
-    same = str(positive) == str(negative) if isinstance(positive, str | Path) else positive is negative
-    if same:
+    named = isinstance(positive, str | Path) and isinstance(negative, str | Path)
+    # runs/a and runs/a/ are the same directory.
+    if Path(positive) == Path(negative) if named else positive is negative:
         raise InputError(
             "The positive and the negative contrast model are one and the same: every weight would be that of 0."
         )

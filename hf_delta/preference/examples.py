@@ -32,8 +32,10 @@ class TokenExamples(CompletionScoring):
     def write_examples(self) -> None:
         """Write the weights of the examples as they are now, if it is time to. Collective: the model may be sharded."""
         step = self.state.global_step
-        ended = step >= self.state.max_steps
-        if self.rule is None or not self.model.training or (step < self._next_snapshot and not ended):
+        ended = step >= self.state.max_steps > 0
+        # The last log of a training is written in evaluation mode where an evaluation came before it.
+        due = ended or (self.model.training and step >= self._next_snapshot)
+        if self.rule is None or not due:
             return
         self._next_snapshot = step + max(self.state.max_steps // MOST_SNAPSHOTS, 1)
         if self._example_inputs is None:

@@ -198,7 +198,7 @@ class DeltaDPOTrainer(ResumableDPO):
         there, labels = inputs["list_mask"], inputs["list_labels"]
         scores = self.beta * (scored.logps.sum(1) - scored.ref_logps.sum(1))
         scores = lists.into_lists(scores, there)
-        losses = lists.LIST_LOSSES[self.args.loss_type[0]](scores, labels, there)
+        losses = self.loss_weights[0] * lists.LIST_LOSSES[self.args.loss_type[0]](scores, labels, there)
         return losses, None, list_metrics(scores, labels, there, scored.mask, scored.statistics)
 
     def _feasible_loss(self, losses: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:

@@ -21,6 +21,7 @@ _AT_LEAST = {
     "data_seed": 0,
     "epsilon": 0,
     "epsilon_high": 0,
+    "beta": 0,
 }
 _ABOVE = {"temperature": 0, "top_p": 0}
 _AT_MOST = {"top_p": 1}

@@ -280,7 +280,7 @@ def test_bad_input(models, rows, tmp_path):
     refused("has chosen_weights already", data=dataset.add_column("chosen_weights", [1.0] * len(dataset)))
     refused("not a stream", data=dataset.to_iterable_dataset())
     refused("one and the same", pair=(models[0], models[0]))
-    refused("one and the same", pair=("a", "a"))
+    refused("one and the same", pair=("a/b", "./a/b/"))
     refused("batch_size must be at least 1", batch_size=0)
     refused("keep_middle", truncation_mode="keep_middle")
     refused("hgih is none of low, high, scale", hgih=2.0)

@@ -343,6 +343,17 @@ def test_lists_of_two_are_trls_dpo(world, tmp_path, name):
             assert abs(one[key] - other[key]) < 1e-5
 
 
+def test_the_weight_of_a_list_loss_counts(world, tmp_path):
+    once, twice = (
+        build(world, tmp_path, peft_config=lora(), loss_type=["lipo_lambda"], loss_weights=weights)
+        for weights in (None, [2.0])
+    )
+    for trainer in (once, twice):
+        perturb(trainer)
+    loss, _ = loss_and_gradients(once, first_batch(once))
+    assert loss_and_gradients(twice, first_batch(twice))[0] == pytest.approx(2 * loss) != 0
+
+
 # -- limits ---------------------------------------------------------------------------------------------------------
 def end_of(world, out, **changes):
     trainer = build(world, out, peft_config=lora(), **changes)
@@ -492,6 +503,14 @@ def test_the_picture_holds_the_masks_of_the_policy_as_it_is(world, tmp_path):
     for text, found in seen.items():
         for mine, other in zip(found, masks[text]):
             assert mine == pytest.approx([value.item() for value in other], abs=1e-4)
+
+
+def test_the_picture_is_of_the_end_where_an_evaluation_came_last(world, tmp_path):
+    """The summary of a training is logged in the mode that its last evaluation left; steps that are no multiple of `logging_steps`."""
+    settings = {"max_steps": 3, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3, "loss_type": ["d2po"]}
+    trained(world, tmp_path, eval_dataset=Dataset.from_list(pair_rows(5)), **settings)
+    snapshots = json.loads((tmp_path / "token_weights.json").read_text())["snapshots"]
+    assert snapshots[-1]["step"] == 3
 
 
 # -- feasible learning ----------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ def world(tmp_path_factory):
 
 
 FEASIBLE = {"feasible": True, "feasible_kwargs": {"epsilon": 0.3}}
+CONTRAST = {"positive": "a", "negative": "b"}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,8 @@ FEASIBLE = {"feasible": True, "feasible_kwargs": {"epsilon": 0.3}}
         ({"loss_type": "sigmiod"}, "loss_type: there is no 'sigmiod'; did you mean sigmoid?"),
         ({"loss_type": ["qqq"]}, "write one of sigmoid, hinge, ipo"),
         ({"loss_type": ["columns"]}, "loss_type: there is no 'columns'"),
+        ({"loss_type": ["lipo"]}, "loss_type: there is no 'lipo'; did you mean lipo_lambda?"),
+        ({"loss_type": []}, "loss_type is an empty list. Write one of sigmoid, hinge"),
         ({"token_weights": "colums"}, "token_weights: there is no 'colums'. Write one of columns"),
         ({"token_weights": "no.such.rule"}, "token_weights"),
         ({"kl": "exakt"}, "kl must be exact or sampled, got 'exakt'"),
@@ -52,7 +55,16 @@ FEASIBLE = {"feasible": True, "feasible_kwargs": {"epsilon": 0.3}}
         ({"loss_type": ["list_hinge"], "token_weights": "columns"}, "a list loss has none. Remove one of them"),
         ({"token_weights_kwargs": {"gamma": 0.9}}, "token_weights_kwargs does nothing without a rule"),
         ({"loss_type": ["d2po"], "token_weights_kwargs": {"gama": 0.9}}, "Did you mean gamma?"),
-        ({"loss_type": ["d2po"], "token_weights_kwargs": {"gamma": 1.5}}, "d2po: gamma is a decay"),
+        (
+            {"loss_type": ["d2po"], "token_weights_kwargs": {"gamma": 1.5}},
+            "token_weights_kwargs: d2po: gamma is a decay",
+        ),
+        ({"loss_type": ["d2po"], "token_weights_kwargs": {"gamma": "x"}}, "kwargs: gamma must be a number, got 'x'."),
+        ({"loss_type": ["tis_dpo"], "token_weights_kwargs": CONTRAST | {"scale": 1}}, "scale takes two weights"),
+        (
+            {"loss_type": ["tis_dpo"], "token_weights_kwargs": CONTRAST | {"low": "x"}},
+            "low must be below high",
+        ),
         ({"loss_type": ["d2po"], "token_weights_kwargs": "{gamma"}, "token_weights_kwargs is not JSON"),
         ({"loss_type": ["sparse_po"], "token_weights_kwargs": {"net": "big"}}, "net takes simple or two_layer"),
         ({"kl": "sampled"}, "kl: sampled does nothing"),

@@ -1,5 +1,9 @@
 """TIS-DPO: tokens weighted by what two contrasting models think of them."""
 
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
 import torch
 
 from hf_delta.errors import InputError
@@ -77,9 +81,9 @@ def contrast_weights(
     Raises:
         `InputError`: the bounds or the scale are not in order, or the shapes differ.
     """
-    if not low < high:
+    if not (isinstance(low, Real) and isinstance(high, Real) and low < high):
         raise InputError(f"contrast weights: low must be below high, got low={low!r} and high={high!r}.")
-    if scale is not None and not 0 <= scale[0] <= scale[1] < float("inf"):
+    if scale is not None and not _is_scale(scale):
         raise InputError(f"contrast weights: scale takes two weights, 0 or more and in order, got {scale!r}.")
     if positive_logps.shape != negative_logps.shape:
         raise InputError(
@@ -91,3 +95,9 @@ def contrast_weights(
     if scale is None:
         return scores.exp()
     return scale[0] + (scale[1] - scale[0]) * (scores - low) / (high - low)
+
+
+def _is_scale(scale: Any) -> bool:
+    if not isinstance(scale, Sequence) or len(scale) != 2 or not all(isinstance(weight, Real) for weight in scale):
+        return False
+    return 0 <= scale[0] <= scale[1] < float("inf")
