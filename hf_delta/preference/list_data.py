@@ -106,16 +106,14 @@ def add_labels(row: Mapping[str, Any], *, rescale: bool = True) -> dict[str, Any
 class DataCollatorForLists:
     """One padded batch of all completions of several lists, as TRL's `DataCollatorForPreference` makes it of pairs.
 
-    Each example has `prompt_ids` (`list[int]`), `completion_ids` (`list[list[int]]`, `K` of them), `list_labels` (`K` floats)
-    and, if the reference was run beforehand, `ref_logps` (`K` floats). Examples may differ in `K`.
+    Each example has `prompt_ids` (`list[int]`), `completion_ids` (`list[list[int]]`, `K` of them) and `list_labels` (`K` floats).
+    Examples may differ in `K`.
 
     The batch holds, with `N` completions in all, list by list, `B` lists and the longest of `K` completions:
 
     - `input_ids`, `attention_mask`, `completion_mask` `(N, T)` int64: prompt and completion, padded on the right;
-    - `list_ids` `(N,)` int64: to which list each belongs, counted from 0;
     - `list_mask` `(B, K)` bool: which entries are there, see [`~hf_delta.preference.lists.into_lists`];
-    - `list_labels` `(B, K)` float32: 0 in entries that are not there;
-    - `ref_logps` `(N,)` float32, if the examples have them.
+    - `list_labels` `(B, K)` float32: 0 in entries that are not there.
 
     Args:
         pad_token_id (`int`):
@@ -151,17 +149,13 @@ class DataCollatorForLists:
         counts = torch.tensor(lengths)
         list_mask = torch.arange(max(lengths)) < counts.unsqueeze(1)
         labels = torch.tensor([label for example in examples for label in example["list_labels"]], dtype=torch.float32)
-        batch = {
+        return {
             "input_ids": self._padded(sequences, self.pad_token_id),
             "attention_mask": self._padded([[1] * len(sequence) for sequence in sequences], 0),
             "completion_mask": self._padded(masks, 0),
-            "list_ids": torch.arange(len(examples)).repeat_interleave(counts),
             "list_mask": list_mask,
             "list_labels": torch.zeros(list_mask.shape).masked_scatter(list_mask, labels),
         }
-        if "ref_logps" in examples[0]:
-            batch["ref_logps"] = torch.tensor([logp for example in examples for logp in example["ref_logps"]])
-        return batch
 
     def _cut(self, values: list[int]) -> list[int]:
         if self.max_length is None:

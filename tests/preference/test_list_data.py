@@ -225,12 +225,11 @@ class TestFromPairs:
 
 
 EXAMPLES = [
-    {"prompt_ids": [1, 2], "completion_ids": [[3], [4, 5, 6]], "list_labels": [1.0, 0.0], "ref_logps": [-1.0, -2.0]},
+    {"prompt_ids": [1, 2], "completion_ids": [[3], [4, 5, 6]], "list_labels": [1.0, 0.0]},
     {
         "prompt_ids": [7],
         "completion_ids": [[8], [9], [10, 11]],
         "list_labels": [0.0, 0.5, 1.0],
-        "ref_logps": [0, -3, 1],
     },
 ]
 
@@ -253,11 +252,9 @@ class TestCollator:
             [0, 1, 0, 0, 0],
             [0, 1, 1, 0, 0],
         ]
-        assert batch["list_ids"].tolist() == [0, 0, 1, 1, 1]
         assert batch["list_mask"].tolist() == [[True, True, False], [True, True, True]]
         assert batch["list_labels"].tolist() == [[1.0, 0.0, 0.0], [0.0, 0.5, 1.0]]
-        assert batch["ref_logps"].tolist() == [-1, -2, 0, -3, 1]
-        assert into_lists(batch["ref_logps"], batch["list_mask"]).tolist() == [[-1, -2, 0], [0, -3, 1]]
+        assert into_lists(torch.tensor([-1, -2, 0, -3, 1]), batch["list_mask"]).tolist() == [[-1, -2, 0], [0, -3, 1]]
 
     def test_cut_and_padded(self):
         start = DataCollatorForLists(pad_token_id=0, max_length=3, pad_to_multiple_of=4)(EXAMPLES)
