@@ -9,7 +9,7 @@ import torch
 
 from hf_delta._compat.trl_dpo import DPOHooks
 from hf_delta.ops.token_kl import sampled_kl
-from hf_delta.preference.weights import TokenBatch, TokenTerms, TokenWeights, checked_terms
+from hf_delta.preference.weights import TokenBatch, TokenTerms, TokenWeights, terms_of
 from hf_delta.preference.weights.activations import KINDS, activation_means
 
 
@@ -118,4 +118,4 @@ class CompletionScoring(DPOHooks):
             activations=scored.activations,
             masks=scored.masks,
         )
-        return checked_terms(self.rule.weights(batch), batch, self.args.rule_name)
+        return terms_of(self.rule, batch, self.args.rule_name)

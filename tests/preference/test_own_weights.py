@@ -12,6 +12,7 @@ from hf_delta.preference.weights import (
     TokenTerms,
     TokenWeights,
     checked_terms,
+    terms_of,
     token_rule,
 )
 from tests.preference.test_weights import PAIRS, batch_of
@@ -58,6 +59,13 @@ def test_functions_that_give_something_else_are_refused_by_name(value, needs, ma
     with pytest.raises(InputError, match=match) as error:
         FunctionWeights(own(value, needs)).weights(batch_of(needs))
     assert "test_own_weights.own" in str(error.value)
+
+
+def test_a_function_that_raises_is_named():
+    with pytest.raises(InputError, match="token weights mine: it raised AttributeError: 'TokenBatch' object has no"):
+        terms_of(token_rule(own(lambda b: b.surprise)), batch_of(), "mine")
+    with pytest.raises(InputError, match="token weights tests.*own.*: the reward weights are"):
+        terms_of(token_rule(own(torch.ones(3))), batch_of(), "mine")
 
 
 def test_a_wrong_weight_is_found_where_it_is():

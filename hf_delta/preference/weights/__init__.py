@@ -3,7 +3,7 @@
 from hf_delta.preference.weights.base import NEEDS, TokenBatch, TokenTerms, TokenWeights
 from hf_delta.preference.weights.columns import ColumnWeights
 from hf_delta.preference.weights.d2po import D2POWeights
-from hf_delta.preference.weights.function import FunctionWeights, checked_terms, rule_name, token_rule
+from hf_delta.preference.weights.function import FunctionWeights, checked_terms, rule_name, terms_of, token_rule
 from hf_delta.preference.weights.mapo import MaPOWeights
 from hf_delta.preference.weights.sparse import SparsePOWeights
 from hf_delta.preference.weights.tdpo import TDPO1Weights, TDPO2Weights
@@ -38,5 +38,6 @@ __all__ = [
     "checked_terms",
     "contrast_weights",
     "rule_name",
+    "terms_of",
     "token_rule",
 ]

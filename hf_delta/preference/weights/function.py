@@ -65,6 +65,21 @@ def checked_needs(needs, name: str) -> frozenset[str]:
     return names
 
 
+def terms_of(rule: TokenWeights, batch: TokenBatch, name: str) -> TokenTerms:
+    """What a rule gives for a batch, checked as in [`checked_terms`].
+
+    Raises:
+        `InputError`: the rule raised, or what it gave cannot be used.
+    """
+    try:
+        terms = rule.weights(batch)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"token weights {name}: it raised {type(error).__name__}: {error}") from error
+    return checked_terms(terms, batch, name)
+
+
 def checked_terms(terms: tuple, batch: TokenBatch, name: str) -> TokenTerms:
     """What a rule gave, if it can be used: `(N, T)`, and finite and 0 or more in the completions.
 
