@@ -1,6 +1,7 @@
 """What a configuration asks of data and models: checked before anything is computed."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,6 +100,20 @@ def prepared(
         return tokenized(rows.map(add_labels, fn_kwargs=rescale), lists=True)
     rows = tokenized(rows)
     return check_weight_lengths(rows, source) if uses_columns(rule) else rows
+
+
+def check_contrast(rule: TokenWeights | None) -> None:
+    """Refuse contrast models that are not there, before the policy is loaded.
+
+    Raises:
+        `InputError`: one of them is no directory.
+    """
+    for name in ("positive", "negative"):
+        path = (getattr(rule, "contrast", None) or {}).get(name)
+        if path is not None and not Path(path).expanduser().is_dir():
+            raise InputError(
+                f"token_weights_kwargs: {name}: {path} is no directory. Train that model first, or correct the path."
+            )
 
 
 def check_models(policy: torch.nn.Module, reference: torch.nn.Module | None, router_loss: bool) -> None:

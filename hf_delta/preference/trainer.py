@@ -12,6 +12,7 @@ from hf_delta._compat.trl_dpo import DataCollatorForPreference
 from hf_delta.errors import InputError
 from hf_delta.preference import feasible, lists
 from hf_delta.preference.checks import (
+    check_contrast,
     check_models,
     check_plain_config,
     check_rows,
@@ -76,6 +77,7 @@ class DeltaDPOTrainer(ResumableDPO):
         self._config, self._rows_are_checked = config, False
         if self.replaces_loss:
             # Before a model is loaded.
+            check_contrast(self.rule)
             for name, rows in data_sets(given.get("train_dataset"), given.get("eval_dataset")):
                 check_rows(rows, f"{name}_dataset", config, self.rule)
             self._rows_are_checked = True

@@ -7,6 +7,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
+from hf_delta import DeltaDPOTrainer
 from hf_delta.errors import InputError
 from hf_delta.playground.model import build_model
 from hf_delta.playground.tokenizer import build_tokenizer
@@ -159,6 +160,17 @@ def test_weights_of_the_wrong_length_name_row_and_key(world, tmp_path, side):
     rows[4][f"{side}_weights"].append(1.0)
     with pytest.raises(InputError, match=f"row 5 .*'{side}_weights' has {len(rows[4][f'{side}_weights'])} numbers"):
         build(world, tmp_path, rows=rows, **COLUMNS)
+
+
+def test_contrast_models_that_are_not_there_are_missed_before_the_policy_is_loaded(tmp_path):
+    there = tmp_path / "there"
+    there.mkdir()
+    gone = {
+        "loss_type": "tis_dpo",
+        "token_weights_kwargs": {"positive": str(there), "negative": str(tmp_path / "gone")},
+    }
+    with pytest.raises(InputError, match=r"negative: .*gone is no directory"):
+        DeltaDPOTrainer("no/such-policy", args=config(tmp_path, **gone), train_dataset=Dataset.from_list(pair_rows()))
 
 
 def test_rows_of_an_evaluation_are_checked_under_their_name(world, tmp_path):
