@@ -17,7 +17,7 @@ TITLES = {
     "delta": "pairs of two weak models",
     "delta_weaker": "pairs of two weaker models",
 }
-WIDTH = 6  # most measures in a table
+WIDTH = 7  # most measures in a table
 
 
 def value(run: dict, path: str) -> float:
@@ -125,7 +125,7 @@ def draw(found: dict, path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(3, 3, figsize=(15, 11), layout="constrained")
+    figure, panels = plt.subplots(3, 3, figsize=(17, 13), layout="constrained")
     for axes, study in zip(panels.flat, found):
         _draw_forest(axes, study, found[study])
     _draw_masks(panels.flat[-1], found["weights"]["masks"])
@@ -148,8 +148,9 @@ def _draw_forest(axes, study, found):
     axes.axvline(0, color="grey", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(arms)), arms)
     axes.set_ylim(len(arms) - 0.5, -0.5)
-    axes.set_title(f"{TITLES[study]}: {measure}", fontsize="medium")
-    axes.legend(frameon=False, fontsize="small")
+    axes.set_title(TITLES[study], fontsize="medium")
+    axes.set_xlabel(measure)
+    _legend_below(axes)
 
 
 def _draw_masks(axes, masks):
@@ -162,5 +163,10 @@ def _draw_masks(axes, masks):
     axes.axvline(0.5, color="grey", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_title("do masks find the decisive tokens? 0.5: no", fontsize="medium")
-    axes.legend(frameon=False, fontsize="small")
+    axes.set_title("token weights: masks", fontsize="medium")
+    axes.set_xlabel("AUC; 0.5 is chance")
+    _legend_below(axes)
+
+
+def _legend_below(axes):
+    axes.legend(frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.13))

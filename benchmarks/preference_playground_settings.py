@@ -34,15 +34,12 @@ PRIMARY = "greedy"
 _PASS = {"greedy pass@1": "greedy", "pass@1 at temperature 1": "sampled"}
 _PAIRS = {"accuracy on pairs": "held_out/accuracy"}
 _KL = {"KL, nats an answer": "held_out/kl", "of it irrelevant": "held_out/filler_kl"}
+_FIGURES = {"within the bound": "satisfied", "mean": "loss_mean", "CVaR": "loss_cvar", "max": "loss_max"}
 _TAIL = {
-    f"{figure}, {of}": f"losses/{key}/{name}"
-    for of, key in (("trained on", "training"), ("held out", "held out"))
-    for figure, name in (
-        ("within the bound", "satisfied"),
-        ("mean", "loss_mean"),
-        ("CVaR", "loss_cvar"),
-        ("max", "loss_max"),
-    )
+    **{f"{figure}, trained on": f"losses/training/{name}" for figure, name in _FIGURES.items()},
+    "mean, right labels": "losses/right/loss_mean",
+    "mean, exchanged": "losses/exchanged/loss_mean",
+    **{f"{figure}, held out": f"losses/held out/{name}" for figure, name in _FIGURES.items()},
 }
 MEASURES = {
     "weights": {**_PASS, **_PAIRS, **_KL},

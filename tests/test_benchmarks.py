@@ -354,32 +354,19 @@ def test_preference_on_the_playground_compares_equal_numbers(monkeypatch, tmp_pa
         """No interpreters of its own, which would import everything again and again."""
 
         def __init__(self, workers, mp_context, initializer):
-            super().__init__(workers)
+            super().__init__(1)
 
     monkeypatch.setattr(module, "ProcessPoolExecutor", Here)
     kept = {"DPO", "MaPO", "SparsePO, independent", "DPO, best and worst", "DPO, drawn pairs", "LiPO-λ", "ERM"}
     kept |= {"feasible, resilient", "DPO, normalised", "SFT on chosen"}
-    for name in ("noise_fitted", "delta_weaker"):
+    for name in ("weights_beta_2", "noise_fitted", "delta_weaker"):
         monkeypatch.delitem(settings.STUDIES, name)
     for study in settings.STUDIES.values():
         arms = {arm: keys for arm, keys in study["arms"].items() if arm in kept}
         monkeypatch.setitem(study, "arms", arms)
     grid = settings.grid
     monkeypatch.setattr(settings, "grid", lambda *names: grid(*names)[:2])
-    arguments = [
-        "tune",
-        "choose",
-        "final",
-        "report",
-        "--quick",
-        "--workers",
-        "1",
-        "--tuning-seeds",
-        "1",
-        "--seeds",
-        "3",
-        "4",
-    ]
+    arguments = "tune choose final report --quick --tuning-seeds 1 --seeds 3 4".split()
     for name, path in {"choice": "choice.json", "report": "report", "out": "runs"}.items():
         arguments += [f"--{name}", str(tmp_path / path)]
     module.main(arguments)
@@ -391,10 +378,8 @@ def test_preference_on_the_playground_compares_equal_numbers(monkeypatch, tmp_pa
             assert [run["seed"] for run in runs] == [3, 4]
     for name, choices in found["choice"].items():
         for arm, chosen in choices.items():
-            means, points = (
-                found["choice"][settings.TUNED_WITH.get(name, name)][arm]["means"],
-                settings.grid(name, arm),
-            )
+            points = settings.grid(name, arm)
+            means = found["choice"][settings.TUNED_WITH.get(name, name)][arm]["means"]
             assert len(means) == len(points) and chosen["keys"] == points[means.index(max(means))]
     seen = {arm: costs["sequences"] for arm, costs in found["studies"]["lists_8"]["costs"].items()}
     assert seen["LiPO-λ"] == seen["DPO, drawn pairs"] == 4 * seen["DPO, best and worst"]
