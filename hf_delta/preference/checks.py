@@ -21,6 +21,10 @@ from hf_delta.preference.pair_data import (
 from hf_delta.preference.weights import TokenWeights
 
 
+# The data set whose samples have multipliers.
+TRAINED = "train_dataset"
+
+
 def check_plain_config(config: Any) -> None:
     """Refuse losses of ours in TRL's own configuration, which has none of their keys.
 
@@ -74,6 +78,9 @@ def check_rows(rows: Any, source: str, config: DeltaDPOConfig, rule: TokenWeight
             f"{source} has {sorted(images)[0]!r}: losses of hf_delta are for texts. Take a loss_type of TRL's, without "
             "token_weights and feasible."
         )
+    column = config.sample_id_column
+    if column is not None and source == TRAINED and column not in names:
+        raise InputError(f"sample_id_column: {source} has no column {column!r}; it has {', '.join(sorted(names))}.")
     if config.uses_lists:
         _check_kind(names, "completions", source, f"loss_type: {config.loss_type[0]} takes rows with completions")
         return check_list_rows(rows, source, rescale=config.list_rescale)
@@ -93,7 +100,7 @@ def prepared(
     rows: Any, source: str, config: DeltaDPOConfig, rule: TokenWeights | None, tokenized: Callable[..., Any]
 ) -> Any:
     """Rows that are checked, with tokens and all columns that a batch is made of."""
-    if config.feasible:
+    if config.feasible and source == TRAINED:
         rows = with_sample_keys(rows, config.sample_id_column)
     if config.uses_lists:
         rescale = {"rescale": config.list_rescale}

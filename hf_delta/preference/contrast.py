@@ -19,12 +19,13 @@ from hf_delta._compat.kernels import has_triton, head_arguments, scores_function
 from hf_delta.errors import InputError
 from hf_delta.evaluation.loading import load_model_and_tokenizer
 from hf_delta.evaluation.sampling import undisturbed
+from hf_delta.preference.pair_data import WEIGHT_COLUMNS
 from hf_delta.preference.pairs.generate import check_tokens
 from hf_delta.preference.weights.tis import contrast_weights
 
 
 SIDES = ("chosen", "rejected")
-COLUMNS = ("chosen_weights", "rejected_weights")
+COLUMNS = tuple(WEIGHT_COLUMNS)
 
 Model = PreTrainedModel | PeftModel | str | Path
 

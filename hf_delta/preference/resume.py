@@ -83,6 +83,7 @@ class ResumableDPO(Resumable, TokenExamples):
     def _settings(self) -> dict[str, Any]:
         """What may be changed on resume, and is said when it is."""
         keys = ("token_weights_kwargs", "feasible_kwargs", "kl", "beta", "sample_id_column")
+        keys += ("loss_weights", "list_rescale", "label_smoothing")
         return {key: getattr(self.args, key, None) for key in keys}
 
 

@@ -1,6 +1,7 @@
 """DPO with token weights, lists of completions, and a bound on the loss of every sample."""
 
 import inspect
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,9 @@ from hf_delta.preference.losses import PAIR_LOSSES, completion_scores
 from hf_delta.preference.metrics import list_metrics, mask_metrics, mean_of, means, pair_metrics
 from hf_delta.preference.resume import ResumableDPO
 from hf_delta.preference.scoring import ScoredTokens
+
+
+logger = logging.getLogger(__name__)
 
 
 class DeltaDPOTrainer(ResumableDPO):
@@ -80,6 +84,9 @@ class DeltaDPOTrainer(ResumableDPO):
             check_contrast(self.rule)
             for name, rows in data_sets(given.get("train_dataset"), given.get("eval_dataset")):
                 check_rows(rows, f"{name}_dataset", config, self.rule)
+                if isinstance(rows, IterableDataset):
+                    # As TRL does for training: dispatched batches are cut at one length, and ours have tensors of several.
+                    config.accelerator_config.dispatch_batches = False
             self._rows_are_checked = True
         super().__init__(*args, **kwargs)
         self._rows_are_checked = False
@@ -89,6 +96,10 @@ class DeltaDPOTrainer(ResumableDPO):
 
     def _set_up(self) -> None:
         check_models(self.plain_model, self.ref_model, self.aux_loss_enabled)
+        if self.replaces_loss and not self.accelerator.even_batches and self.accelerator.num_processes > 1:
+            raise InputError(
+                "accelerator_config: even_batches: false leaves processes without a batch that others wait for. Remove it."
+            )
         self.add_token_heads(self.args.logps_kernel)
         if not self.replaces_loss:
             return
@@ -238,8 +249,14 @@ class DeltaDPOTrainer(ResumableDPO):
         if made_before:
             return optimizer
         decay = getattr(self.rule, "weight_decay", None)
-        if self.mask_network is not None and decay is not None and isinstance(optimizer, torch.optim.Optimizer):
+        if self.mask_network is None or decay is None:
+            return optimizer
+        if isinstance(optimizer, torch.optim.Optimizer):
             set_weight_decay(optimizer, list(self.mask_network.parameters()), decay)
+        else:
+            logger.warning(
+                "%s makes its groups itself: the mask network has its weight decay.", type(optimizer).__name__
+            )
         return optimizer
 
 

@@ -146,7 +146,7 @@ def test_rows(world, tmp_path, settings, rows, said):
 
 
 def test_a_column_of_ids_that_is_not_there_or_names_two_rows(world, tmp_path):
-    with pytest.raises(InputError, match="sample_id_column: the dataset has no column 'id'"):
+    with pytest.raises(InputError, match="sample_id_column: train_dataset has no column 'id'"):
         build(world, tmp_path, sample_id_column="id", **FEASIBLE)
     rows = [{**row, "id": f"row{i % 7}"} for i, row in enumerate(pair_rows())]
     with pytest.raises(InputError, match="id 'row0' names two different rows, 1 and 8"):
@@ -160,6 +160,15 @@ def test_weights_of_the_wrong_length_name_row_and_key(world, tmp_path, side):
     rows[4][f"{side}_weights"].append(1.0)
     with pytest.raises(InputError, match=f"row 5 .*'{side}_weights' has {len(rows[4][f'{side}_weights'])} numbers"):
         build(world, tmp_path, rows=rows, **COLUMNS)
+
+
+def test_a_column_of_ids_that_is_not_there_is_missed_before_the_policy_is_loaded(tmp_path):
+    with pytest.raises(InputError, match="sample_id_column: train_dataset has no column 'uid'; it has chosen"):
+        DeltaDPOTrainer(
+            "no/such-policy",
+            args=config(tmp_path, **FEASIBLE, sample_id_column="uid"),
+            train_dataset=Dataset.from_list(pair_rows()),
+        )
 
 
 def test_contrast_models_that_are_not_there_are_missed_before_the_policy_is_loaded(tmp_path):

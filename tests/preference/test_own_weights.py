@@ -93,3 +93,12 @@ def test_a_wrong_weight_is_found_where_it_is():
 def test_what_is_no_rule_is_refused(rule, match):
     with pytest.raises(InputError, match=match):
         token_rule(rule)
+
+
+def test_a_rule_that_could_not_be_resumed_is_refused():
+    class Forgetful(TokenWeights):
+        def state_dict(self):
+            return {}
+
+    with pytest.raises(InputError, match="load_state_dict"):
+        token_rule(Forgetful())

@@ -42,6 +42,11 @@ def token_rule(rule: TokenWeights | Callable) -> TokenWeights:
     """
     if isinstance(rule, TokenWeights):
         checked_needs(rule.needs, rule_name(rule))
+        if hasattr(rule, "state_dict") and not hasattr(rule, "load_state_dict"):
+            raise InputError(
+                f"token weights {rule_name(rule)}: it has a state_dict and no load_state_dict, so that no run could be resumed. "
+                "Write both, or neither."
+            )
         return rule
     if isinstance(rule, type) or not callable(rule):
         raise InputError(
