@@ -45,7 +45,13 @@ def test_a_recipe_that_names_a_hub_model_has_a_twin_of_the_same_method(name):
     assert type(twin.peft) is type(big.peft)
 
 
-@pytest.mark.parametrize("name", TINY)
+# Recipes that differ from another one by a rule, which has its own tests.
+VARIANTS = [f"preference/{rule}_tiny" for rule in ("mapo", "d2po", "tis_dpo", "token_weights")]
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in VARIANTS else []) for name in TINY]
+)
 def test_tiny_recipes_train(tmp_path, playground, name):
     flags = ["--playground", str(playground), "--playground_pretrain_steps", "20", "--disable_tqdm"]
     out = run(load_recipe(name, [*flags, "--max_steps", "2", "--output_dir", str(tmp_path / "out")]))

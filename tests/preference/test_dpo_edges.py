@@ -124,6 +124,7 @@ def contrast(world, tmp_path_factory):
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 def test_weights_of_contrast_models_are_made_for_training_and_evaluation(world, contrast, tmp_path, mode):
     settings = {"max_length": 10, "truncation_mode": mode, "per_device_eval_batch_size": 8}

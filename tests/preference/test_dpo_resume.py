@@ -134,6 +134,7 @@ def test_a_mask_file_that_is_cut_short_or_of_another_network(world, tmp_path):
         trained(world, tmp_path, resume=str(path.parent), **settings())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("saved", "resumed", "said"),
     [
@@ -172,6 +173,7 @@ def test_a_plain_run_resumes_as_trls_does_and_writes_nothing_of_ours(world, tmp_
     assert_identical(parameters(theirs), parameters(ours))
 
 
+@pytest.mark.slow
 def test_averages_span_the_stop(world, tmp_path):
     settings = {**RUN, **PLAIN, "logging_steps": 3, "rows": pair_rows(10)}
     straight = trained(world, tmp_path / "a", **settings)
@@ -182,6 +184,7 @@ def test_averages_span_the_stop(world, tmp_path):
     assert_same_rows(*rows)
 
 
+@pytest.mark.slow
 def test_changed_settings_are_logged_and_taken(world, tmp_path, caplog):
     trained(world, tmp_path, callbacks=[StopAt(2)], peft_config=lora(), **RUN, **PLAIN)
     changed = {"feasible": True, "feasible_kwargs": {"epsilon": 0.2, "eta": 0.7}, "beta": 0.3}

@@ -33,6 +33,9 @@ ROWS = [{"prompt": f"{7 * i}+{i}:" * (1 + i % 3), "answer": str(8 * i), "level":
 ROWS += [{"prompt": "5+6:", "answer": "11", "level": "add1", "prompt_id": "own"}]
 CHAT = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS[:3]]
 
+# Three models and a run of generation for most of them.
+pytestmark = pytest.mark.slow
+
 
 def save_model(path, seed, tokenizer):
     """A random model that does not repeat itself at once, as one with the usual small weights would."""
