@@ -242,7 +242,7 @@ def test_group_dro_on_the_family_with_graded_rewards(monkeypatch, tmp_path):
 def test_table_of_token_kl_has_every_row(monkeypatch, tmp_path, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     module = load("token_kl")
-    module.main(["--rounds", "1", "--vocabularies", "8192", "--step-vocabulary", "8192", "--out", str(tmp_path)])
+    module.main(["--rounds", "1", "--vocabularies", "8192", "--out", str(tmp_path)])
     rows = json.loads((tmp_path / "token_kl.json").read_text())
     assert len(rows) == 4 * len(module.PEERS) + 2
     peaks = {row["case"]: row["peak"] for row in rows if row["what"] == "log-probabilities, frozen head"}
