@@ -14,15 +14,13 @@ on where it was.
 
 import argparse
 import json
-import multiprocessing
 import statistics
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import gdro_playground_settings as settings
 from gdro_playground_report import draw, markdown, scores, summary
 from gdro_playground_run import Job, prepare_worker, run
-from tqdm import tqdm
+from studies import conduct, is_done
 
 
 BASE = "base model"
@@ -54,43 +52,14 @@ class Study:
         """Does what is missing: base models first, then seed by seed all arms, so that a study cut short is balanced."""
         bases = [self.job(BASE, {}, seed) for seed in seeds]
         runs = [self.job(arm, keys, seed) for seed in seeds for arm, keys in arms.items()]
-        self._do(bases + runs)
-
-    def _do(self, jobs: list[Job]) -> None:
-        missing = [job for job in jobs if not self._is_done(job)]
-        failed = []
-        # A fresh interpreter each: threads and random states are nobody else's.
-        context = multiprocessing.get_context("spawn")
-        with (
-            ProcessPoolExecutor(self.workers, mp_context=context, initializer=prepare_worker) as pool,
-            tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="runs", unit="run", smoothing=0.05) as bar,
-        ):
-            futures = {pool.submit(run, job): job for job in missing}
-            for future in as_completed(futures):
-                if error := future.exception():
-                    job = futures[future]
-                    failed.append(f"{job.arm or BASE}, seed {job.seed}: {type(error).__name__}: {error}")
-                    tqdm.write(failed[-1])
-                bar.update()
-        if failed:
-            raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed:\n" + "\n".join(failed))
-
-    @staticmethod
-    def _is_done(job: Job) -> bool:
-        if not job.out.exists():
-            return False
-        content = json.loads(job.out.read_text())
-        described = json.loads(json.dumps(job.described()))
-        if {key: content[key] for key in described} != described:
-            raise SystemExit(f"{job.out} is a run with other settings: choose another --out.")
-        return True
+        conduct(bases + runs, run, prepare_worker, self.workers)
 
     def results(self, arms: dict[str, dict], seeds: list[int]) -> dict[str, list[dict]]:
         """Runs of each arm, seed by seed."""
         found = {}
         for arm, keys in arms.items():
             jobs = [self.job(arm, keys, seed) for seed in seeds]
-            if missing := [job.seed for job in jobs if not self._is_done(job)]:
+            if missing := [job.seed for job in jobs if not is_done(job)]:
                 raise SystemExit(f"{arm}: no run of seeds {missing} in {self.out}.")
             found[arm] = [json.loads(job.out.read_text()) for job in jobs]
         return found

@@ -11,16 +11,14 @@ goes on where it was.
 
 import argparse
 import json
-import multiprocessing
 import statistics
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import preference_playground_settings as settings
 from preference_playground_report import draw, markdown, summary, value
 from preference_playground_run import Job, prepare_worker, run
-from tqdm import tqdm
+from studies import conduct, is_done
 
 
 NAME = "preference_playground"
@@ -64,39 +62,11 @@ class Study:
     def conduct(self, jobs: list[Job]) -> None:
         """Does what is missing; what the seeds begin with first."""
         begun = self.beginnings([job.study for job in jobs], sorted({job.seed for job in jobs}))
-        self._do([job for jobs in begun.values() for job in jobs])
-        self._do(jobs)
-
-    def _do(self, jobs: list[Job]) -> None:
-        missing = [job for job in jobs if not self.is_done(job)]
-        failed = []
-        # A fresh interpreter each: threads and random states are nobody else's.
-        context = multiprocessing.get_context("spawn")
-        with (
-            ProcessPoolExecutor(self.workers, mp_context=context, initializer=prepare_worker) as pool,
-            tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="runs", unit="run", smoothing=0.05) as bar,
-        ):
-            futures = {pool.submit(run, job): job for job in missing}
-            for future in as_completed(futures):
-                if error := future.exception():
-                    failed.append(f"{futures[future].out.stem}: {type(error).__name__}: {error}")
-                    tqdm.write(failed[-1])
-                bar.update()
-        if failed:
-            raise SystemExit(f"{len(failed)} of {len(jobs)} runs failed:\n" + "\n".join(failed))
-
-    @staticmethod
-    def is_done(job: Job) -> bool:
-        if not job.out.exists():
-            return False
-        content = json.loads(job.out.read_text())
-        described = json.loads(json.dumps(job.described()))
-        if {key: content[key] for key in described} != described:
-            raise SystemExit(f"{job.out} is a run with other settings: choose another --out.")
-        return True
+        for part in ([job for jobs in begun.values() for job in jobs], jobs):
+            conduct(part, run, prepare_worker, self.workers)
 
     def results(self, jobs: list[Job]) -> list[dict]:
-        if missing := [job.out.stem for job in jobs if not self.is_done(job)]:
+        if missing := [job.out.stem for job in jobs if not is_done(job)]:
             raise SystemExit(f"{len(missing)} runs are missing in {self.out}, {missing[0]} the first.")
         return [json.loads(job.out.read_text()) for job in jobs]
 

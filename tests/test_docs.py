@@ -93,7 +93,7 @@ def test_the_example_of_contrast_weights_gives_what_it_says():
 
 
 def test_the_example_of_lists_gives_what_it_says():
-    scope = example_of("lists.md")
+    scope = example_of("lipo.md")
     assert scope["scored"].rows == [{"prompt": "2+2:", "completions": ["#4", "#5"], "scores": [1.0, 0.25]}]
     assert (scope["scored"].duplicates, scope["scored"].single, scope["scored"].tied) == (1, 1, 0)
     assert scope["ranked"].rows == [{"prompt": "2+2:", "completions": ["#4", "#5", "#22"], "ranks": [1, 2, 3]}]

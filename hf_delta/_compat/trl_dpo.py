@@ -51,7 +51,7 @@ SEAMS: dict[str, tuple[str, ...]] = {
 }
 
 # Private attributes that are read or written.
-ATTRIBUTES: tuple[str, ...] = ("_metrics", "_total_train_tokens", "_tp_size", "_is_vision_dataset", "_tokenizer")
+ATTRIBUTES: tuple[str, ...] = ("_metrics", "_total_train_tokens", "_tp_size", "_tokenizer")
 
 
 class DPOHooks(ExtraState, DPOTrainer, ReferenceRepair):
@@ -187,10 +187,6 @@ class DPOHooks(ExtraState, DPOTrainer, ReferenceRepair):
         super()._set_signature_columns_if_needed()
         missing = [name for name in self.extra_columns if name not in self._signature_columns]
         self._signature_columns = [*self._signature_columns, *missing]
-
-    @property
-    def sees_images(self) -> bool:
-        return self._is_vision_dataset
 
     @property
     def text_tokenizer(self):

@@ -84,8 +84,7 @@ def check_rows(rows: Any, source: str, config: DeltaDPOConfig, rule: TokenWeight
     if config.uses_lists:
         _check_kind(names, "completions", source, f"loss_type: {config.loss_type[0]} takes rows with completions")
         return check_list_rows(rows, source, rescale=config.list_rescale)
-    if "chosen_ids" not in names:
-        _check_kind(names, "chosen", source, f"loss_type: {config.loss_type[0]} takes rows with chosen and rejected")
+    _check_kind(names, "chosen", source, f"loss_type: {config.loss_type[0]} takes rows with chosen and rejected")
     return check_pair_rows(rows, source, weights=uses_columns(rule))
 
 
