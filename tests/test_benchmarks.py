@@ -356,7 +356,7 @@ def test_preference_on_the_playground_compares_equal_numbers(monkeypatch, tmp_pa
         def __init__(self, workers, mp_context, initializer):
             super().__init__(1)
 
-    monkeypatch.setattr(module, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(sys.modules["studies"], "ProcessPoolExecutor", Here)
     kept = {"DPO", "MaPO", "SparsePO, independent", "DPO, best and worst", "DPO, drawn pairs", "LiPO-λ", "ERM"}
     kept |= {"feasible, resilient", "DPO, normalised", "SFT on chosen"}
     for name in ("weights_beta_2", "noise_fitted", "delta_weaker"):
