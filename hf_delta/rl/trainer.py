@@ -107,7 +107,9 @@ class DeltaGRPOTrainer(ResumableGRPO):
             return
         if not is_peft_model(self.model):
             logger.warning("merged_rollouts: there is no adapter to merge, so that it changes nothing.")
-        if self.rollout_func is not None and not self.use_vllm:
+        if self.use_vllm:
+            logger.warning("merged_rollouts: vLLM generates with merged weights anyway, so that this changes nothing.")
+        elif self.rollout_func is not None:
             logger.warning("merged_rollouts: a rollout_func generates by itself, so that this changes nothing.")
 
     # -- rollouts ---------------------------------------------------------------------------------------------------

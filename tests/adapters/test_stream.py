@@ -263,7 +263,8 @@ def test_no_more_than_one_block_is_in_memory_beside_the_model(kind):
         else:
             cls, fields = METHODS["peft_dora" if kind == FAST_DORA else kind]
             model = move(get_peft_model(base, cls(**{"target_modules": "all-linear", **fields})))
-        block = sum(parameter.nbytes for parameter in model.get_base_model().model.layers[0].parameters())
+        layer = model.get_base_model().model.layers[0]
+        block = sum(tensor.nbytes for tensor in [*layer.parameters(), *layer.buffers()])
         known = Bytes()
         known.known |= {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
         total = 0
@@ -271,7 +272,7 @@ def test_no_more_than_one_block_is_in_memory_beside_the_model(kind):
             for _, tensor in merged_weights(model):
                 total += tensor.nbytes
                 del tensor
-    assert total > 6 * block
+    assert total > 5 * block
     assert 0 < known.peak <= block
     assert known.live < block / 100
 

@@ -89,7 +89,12 @@ def trained(world, folder, kinds, sharded, ours=True, **changes):
 
 SENT = ["lora", "rslora", "peft_dora", FAST_DORA, "miss", "pmss", "bone", "bat_row", "edora"]
 RULE = "tests.rl.test_vllm.FromOneToTheNext"
-VARIABLE = {"rollout_allocation": RULE, "mask_truncated_completions": True, "per_device_train_batch_size": 16}
+VARIABLE = {
+    "rollout_allocation": RULE,
+    "correct_threshold": 1.0,
+    "mask_truncated_completions": True,
+    "per_device_train_batch_size": 16,
+}
 CASES = {
     "streamed": streamed,
     "vllm_ddp": partial(trained, kinds=SENT, sharded=False),

@@ -42,7 +42,7 @@ KEPT = []
 def trained(world, folder, kind, mode):
     from contextlib import nullcontext
 
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     from hf_delta.adapters.dora import fast_dora
     from tests.distributed.deepspeed_on_cpu import ZERO3, not_partitioned
@@ -54,7 +54,7 @@ def trained(world, folder, kind, mode):
         """Everything that looks at the model has it gathered; the synchronisation itself has not."""
 
         def expected(self):
-            with GatheredParameters(list(self.trainer.model.parameters())), not_partitioned():
+            with deepspeed.zero.GatheredParameters(list(self.trainer.model.parameters())), not_partitioned():
                 return engine.merged_copy(self.trainer.model, self.world, self.peft_config())
 
         def state(self):

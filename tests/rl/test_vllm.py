@@ -15,7 +15,6 @@ import torch
 import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import import_utils
-from trl.generation import vllm_generation
 
 from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer, InputError
 from hf_delta._compat.bitsandbytes import dequantised_weight
@@ -114,7 +113,7 @@ class Judge:
         return float(crc32(str(ids).encode()) % 2) if kind > 1 else float(kind)
 
 
-MERGED = {"merged_rollouts": True, "peft_config": lora(0.0), "learning_rate": 0.1}
+MERGED = {"peft_config": lora(0.0), "learning_rate": 0.1}
 RULE = f"{__name__}.FromOneToTheNext"
 VARIABLE = {
     "a fixed rule": {"rollout_allocation": RULE},
@@ -355,11 +354,11 @@ def test_the_range_is_that_of_trl_and_the_constraints_lie_in_it():
     first, last = SUPPORTED_VLLM
     source = inspect.getsource(import_utils.is_vllm_available)
     assert f'Version("{first}") <= _vllm_base_version <= Version("{last}")' in source
-    constraints = (Path(__file__).parents[2] / "constraints-vllm.txt").read_text()
+    root = Path(__file__).parents[2]
+    constraints = (root / "constraints-vllm.txt").read_text()
     assert vllm_mismatch(re.search(r"^vllm==(.+)$", constraints, re.M)[1]) is None
     assert f"{first} to {last}" in constraints
-
-
-def test_trl_sends_what_the_seam_yields():
-    source = inspect.getsource(vllm_generation.VLLMGeneration.sync_weights)
-    assert source.count("self._iter_named_params()") == 4 and "named_parameters" not in source
+    recipes = [text for path in (root / "recipes").rglob("*.yaml") if "use_vllm: true" in (text := path.read_text())]
+    assert len(recipes) >= 4
+    for text in recipes:
+        assert "pip install -c constraints-vllm.txt" in text and f"TRL 1.16 supports vLLM {first} to {last}" in text
