@@ -224,6 +224,16 @@ def test_shards_are_gathered_and_stay_shards_also_after_a_forward(kind, one_proc
     assert blocks and all(isinstance(parameter, DTensor) for parameter in blocks)
 
 
+def test_hooks_of_the_model_do_not_run_on_what_is_merged_beside_it(one_process):
+    model = model_of("bone")
+    for layer in tuner_layers(model):
+        # As FSDP has them: into shards, of a module that it knows nothing of.
+        layer.get_base_layer().register_state_dict_pre_hook(lambda *args: pytest.fail("a hook ran"))
+    with pytest.raises(pytest.fail.Exception):
+        copy.deepcopy(model).merge_adapter()
+    assert len(list(merged_weights(model))) == len(list(base_model().parameters()))
+
+
 # -- memory --------------------------------------------------------------------------------------------------------------
 class Bytes(TorchDispatchMode):
     """Counts the memory of what operations make, while it lives."""
