@@ -5,7 +5,7 @@
 Decoding: a Llama with a cache of keys and values, batch 8, one token a step, float32, every linear layer of its blocks
 adapted; CPU time of one thread in interleaved rounds, as ratios to the same model with its adapter merged for good.
 Drift: the relative change of the frozen weights in bfloat16 after some transfers of weights, with an adapter that moves
-between them: as TRL does it with `merge_adapter` and `unmerge_adapter`, and the same inside of `base_weights_kept`.
+between them: as TRL does it with `merge_adapter` and `unmerge_adapter`, and streamed with `merged_weights`.
 """
 
 import argparse
@@ -28,7 +28,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from hf_delta import BoneConfig, PmssConfig
 from hf_delta.adapters.dora import fast_dora, reuse_dora_norms
-from hf_delta.rl.merged import base_weights_kept, merged_rollouts
+from hf_delta.adapters.stream import merged_weights
+from hf_delta.rl.merged import merged_rollouts
 
 
 # Configuration, and whether fast DoRA is on.
@@ -133,7 +134,7 @@ def kept_bytes(model: nn.Module, method: str) -> int:
 
 
 # -- drift -----------------------------------------------------------------------------------------------------------
-def drift(method: str, sizes: Sizes, around: Callable[[nn.Module], AbstractContextManager]) -> dict[int, float]:
+def drift(method: str, sizes: Sizes, transfer: Callable[[nn.Module], None]) -> dict[int, float]:
     """Largest relative change of a frozen weight, in the Frobenius norm, after so many transfers of weights."""
     with switched(method):
         model = adapted(llama(sizes).bfloat16(), method, sizes)
@@ -142,13 +143,21 @@ def drift(method: str, sizes: Sizes, around: Callable[[nn.Module], AbstractConte
         found = {}
         for sync in range(1, max(SYNCS) + 1):
             trained(model)
-            with around(model):
-                model.merge_adapter()
-                model.unmerge_adapter()
+            transfer(model)
             if sync in SYNCS:
                 changes = [(layer.get_base_layer().weight.float() - w).norm() / w.norm() for layer, w in zip(layers, weights)]  # fmt: skip
                 found[sync] = max(changes).item()
         return found
+
+
+def in_place(model: nn.Module) -> None:
+    model.merge_adapter()
+    model.unmerge_adapter()
+
+
+def streamed(model: nn.Module) -> None:
+    for _ in merged_weights(model):
+        pass
 
 
 # -- report ------------------------------------------------------------------------------------------------------------
@@ -170,7 +179,7 @@ def report(measured: dict[str, dict], drifts: dict[str, dict]) -> str:
             f"| {row['exchange_ms']:.0f} | {row['exchange'][0]:.1f} | {row['pays_after']:.0f} "
             f"| {extra} | {weights} | {peak} |"
         )
-    lines += ["", "| drift after | " + " | ".join(f"{n}, TRL" for n in SYNCS) + f" | {SYNCS[-1]}, kept |"]
+    lines += ["", "| drift after | " + " | ".join(f"{n}, TRL" for n in SYNCS) + f" | {SYNCS[-1]}, streamed |"]
     lines.append("|---" * (len(SYNCS) + 2) + "|")
     for name, row in drifts.items():
         values = " | ".join(f"{row['trl'][n]:.1e}" if row["trl"][n] else "0" for n in SYNCS)
@@ -191,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
     shallow = replace(sizes, llama=(1, *sizes.llama[1:]))
     measured = {name: costs(name, sizes, rounds) for name in tqdm(METHODS, desc="time")}
     drifts = {
-        name: {"trl": drift(name, shallow, lambda _: nullcontext()), "kept": drift(name, shallow, base_weights_kept)}
+        name: {"trl": drift(name, shallow, in_place), "kept": drift(name, shallow, streamed)}
         for name in tqdm(DRIFTING, desc="drift")
     }
     print(f"torch {torch.__version__}, peft {peft.__version__}, {rounds} rounds\n\n{report(measured, drifts)}")

@@ -16,6 +16,7 @@ from transformers import AutoConfig, ProgressCallback, Trainer
 from trl import get_quantization_config
 
 from hf_delta._compat.transformers import load_checkpoint
+from hf_delta._compat.vllm import INSTALL_VLLM, vllm_mismatch
 from hf_delta.adapters.dora import fast_dora
 from hf_delta.checkpoint import steps_of
 from hf_delta.data import CACHE, load_eval_rows, load_train_rows
@@ -38,7 +39,7 @@ from hf_delta.run.progress import TrainingProgress
 logger = logging.getLogger(__name__)
 
 _INSTALL = {
-    "vllm": "pip install -c constraints-vllm.txt 'hf_delta[vllm]', or write use_vllm: false",
+    "vllm": INSTALL_VLLM,
     "bitsandbytes": "pip install 'hf_delta[quantization]', or leave load_in_4bit and load_in_8bit out",
     "liger_kernel": "pip install liger-kernel, or leave use_liger_kernel out",
 }
@@ -129,6 +130,8 @@ def _check_model(recipe: Recipe) -> None:
     for package, is_needed in needed.items():
         if is_needed and importlib.util.find_spec(package) is None:
             raise InputError(f"{recipe.source}: {package} is not installed: {_INSTALL[package]}.")
+    if needed["vllm"] and (mismatch := vllm_mismatch()):
+        raise InputError(f"{recipe.source}: {mismatch}")
     trust = getattr(training, "trust_remote_code", False)
     try:
         AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=trust)

@@ -3,6 +3,7 @@
 Unknown keys and wrong types are in `test_recipe.py`, resuming another method in `test_train.py`.
 """
 
+import importlib.metadata
 import importlib.util
 import json
 import shutil
@@ -12,6 +13,9 @@ import pytest
 import hf_delta.train
 from hf_delta.checkpoint import STATE_FILE
 from tests.running import LORA, keys, train, write
+
+
+FIND_SPEC, VERSION = importlib.util.find_spec, importlib.metadata.version
 
 
 def refusal(folder, content, capsys, *flags):
@@ -128,6 +132,15 @@ def test_names_and_numbers(tmp_path, playground, capsys, monkeypatch, changes, s
 def test_prompts_that_fill_max_length(tmp_path, playground, capsys):
     content = keys("dpo", playground, tmp_path / "out", max_length=3)
     assert "no row is left to train on: every prompt alone has max_length (3)" in refusal(tmp_path, content, capsys)
+
+
+def test_a_vllm_that_trl_does_not_support(tmp_path, playground, capsys, monkeypatch):
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: object() if name == "vllm" else FIND_SPEC(name, *a)
+    )
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.33.0" if name == "vllm" else VERSION(name))
+    said = refusal(tmp_path, keys("grpo", playground, tmp_path / "out", use_vllm=True), capsys)
+    assert "vllm 0.33.0 is installed, and TRL 1.16 supports 0.22.0 to 0.31.0: pip install -c constraints-vllm" in said
 
 
 def test_a_model_directory_without_a_model(tmp_path, playground, capsys):

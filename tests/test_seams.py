@@ -12,12 +12,13 @@ import pytest
 import trl
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from transformers import Trainer
+from trl.generation import vllm_generation
 from trl.trainer import dpo_trainer, grpo_trainer
 
 from hf_delta._compat import peft as peft_compat
 from hf_delta._compat import transformers as transformers_compat
 from hf_delta._compat import trl as compat
-from hf_delta._compat import trl_dpo
+from hf_delta._compat import trl_dpo, trl_vllm
 from hf_delta._compat.imports import when_imported
 from hf_delta._compat.trl_state import ExtraState
 
@@ -46,6 +47,16 @@ def test_loss_types_are_the_ones_that_the_loss_compares_with():
         if isinstance(node, ast.Compare) and ast.unparse(node.left) == "self.loss_type":
             compared |= {c.value for c in ast.walk(node) if isinstance(c, ast.Constant)}
     assert compared == set(compat.GRPO_LOSS_TYPES)
+
+
+@pytest.mark.parametrize("name", trl_vllm.SEAMS)
+def test_signatures_of_generation_with_vllm_are_the_recorded_ones(name):
+    parameters = tuple(inspect.signature(getattr(vllm_generation.VLLMGeneration, name)).parameters)
+    assert parameters == trl_vllm.SEAMS[name]
+    # TRL sends what the replaced one yields and reads no parameters beside it, and gives its engine this one keyword.
+    sync = inspect.getsource(vllm_generation.VLLMGeneration.sync_weights)
+    assert sync.count(f"self.{name}()") == 4 and "named_parameters" not in sync
+    assert "quantization=quantization" in inspect.getsource(vllm_generation.VLLMGeneration._init_vllm)
 
 
 def test_rollouts_carry_what_the_trainer_reads():

@@ -5,7 +5,11 @@ from typing import Any
 
 import torch
 from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend
 from torch import nn
+
+
+_BACKENDS = (Bnb4bitBackend, Bnb8bitBackend)
 
 
 def dequantised_weight(layer: nn.Module, backend: Any = None) -> torch.Tensor:
@@ -30,6 +34,11 @@ def dequantised_weight(layer: nn.Module, backend: Any = None) -> torch.Tensor:
     data, unpacked = _convert_weight_packed_for_cpu_inverse(layer.weight.data, unpacked)
     unpacked.absmax = state.absmax.T.reshape(-1).float()
     return dequantize_4bit(data, unpacked)
+
+
+def is_bitsandbytes(layer: nn.Module) -> bool:
+    """Whether a layer holds its weight in a format of bitsandbytes, 4 or 8 bits."""
+    return isinstance(resolve_quantization_backend(layer, get_apply_tensor_subclass=object), _BACKENDS)
 
 
 def declare_dense(model: nn.Module) -> None:

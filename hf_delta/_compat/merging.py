@@ -33,14 +33,14 @@ class CopiedMerge:
         self._changed: list[_Attribute] = []
         self._installed: list[tuple[nn.Module, str, nn.Parameter]] = []
 
-    def merge(self, adapter_names: list[str] | None = None) -> None:
+    def merge(self) -> None:
         """Merge, with whatever `merge` of the layer raises; [`undo`] is due in any case."""
         if self.copies:
             self._install_copies()
         before = self._attributes()
         try:
             with torch.no_grad():
-                self.layer.merge(adapter_names=adapter_names)
+                self.layer.merge()
         finally:
             self._changed = [attribute for attribute in before if not attribute.is_still()]
             exchanged = any(module._parameters[name] is not copy for module, name, copy in self._installed)
@@ -63,16 +63,6 @@ class CopiedMerge:
     def original_weight(self) -> nn.Parameter | None:
         """The weight of the base layer as it was before."""
         return self._registered[0][1].get("weight")
-
-    @property
-    def replaced(self) -> list[nn.Parameter]:
-        """The parameters in whose place others stand now."""
-        return [
-            parameter
-            for module, parameters in self._registered
-            for name, parameter in parameters.items()
-            if parameter is not None and module._parameters.get(name) is not parameter
-        ]
 
     def _install_copies(self) -> None:
         for module, names in base_parameters(self.layer).items():

@@ -35,6 +35,7 @@ from trl.trainer.utils import RepeatSampler  # noqa: E402
 
 from hf_delta._compat.reference import ReferenceRepair, base_kept  # noqa: E402
 from hf_delta._compat.trl_state import ExtraState  # noqa: E402
+from hf_delta._compat.trl_vllm import Weights, dense_engine, send  # noqa: E402
 from hf_delta._compat.trl_window import WindowState  # noqa: E402
 
 
@@ -108,7 +109,7 @@ class GRPOHooks(WindowState, ExtraState, GRPOTrainer, ReferenceRepair):
     watch_losses: bool = False
 
     def __init__(self, model, *args, **kwargs):
-        with base_kept(model):
+        with base_kept(model), dense_engine():
             super().__init__(model, *args, **kwargs)
 
     def before_rollouts(self, rows: list[dict]) -> list[dict]:
@@ -142,15 +143,9 @@ class GRPOHooks(WindowState, ExtraState, GRPOTrainer, ReferenceRepair):
         self._logs["advantages"].extend(advantages.tolist())
         self._metrics["train"]["frac_reward_zero_std"][-1] = zero_std.float().mean().item()
 
-    def around_vllm_sync(self, context: Callable[[], AbstractContextManager]) -> None:
-        """Enter a context whenever TRL sends weights to vLLM, for which it merges the adapter and unmerges it."""
-        sync_weights = self.vllm_generation.sync_weights
-
-        def sync() -> None:
-            with context():
-                sync_weights()
-
-        self.vllm_generation.sync_weights = sync
+    def send_to_vllm(self, weights: Callable[[torch.nn.Module, torch.device], Weights]) -> None:
+        """Have TRL send vLLM the names and tensors of `weights(model, device)`, instead of merging the adapter in place."""
+        send(self.vllm_generation, weights)
 
     def advance_sampler(self) -> None:
         """Move TRL's sampler on to the epoch in which the run resumes; in a new process it starts over with the first."""

@@ -1,44 +1,39 @@
-"""Whether the adapters of a model can be merged into copies of its base parameters, and why not."""
+"""Whether the adapters of a model can be merged beside its base parameters, and why not."""
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from hf_delta._compat.dora import installed as fast_dora_is_on
-from hf_delta._compat.dora import is_dora, is_dora_or_lora
+from hf_delta._compat.bitsandbytes import is_bitsandbytes
 from hf_delta._compat.merging import base_parameters, is_flattened
 from hf_delta.adapters.base import DeltaLinear
-from hf_delta.errors import InputError
+from hf_delta.ops.gather import is_sharded
 
 
 SHARDED = (FullyShardedDataParallel, FSDPModule)
 DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def layers_to_merge(model: nn.Module, adapter_names: list[str] | None) -> dict[str, BaseTunerLayer]:
-    """The adapted layers, by path, that compute with one of these adapters, or an active one, beside their weight."""
+def layers_to_merge(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """The adapted layers, by path, that compute with an active adapter beside their weight."""
     return {
         path: layer
         for path, layer in model.named_modules()
-        if isinstance(layer, BaseTunerLayer)
-        and not layer.merged
-        and not layer.disable_adapters
-        and _names(layer, adapter_names)
+        if isinstance(layer, BaseTunerLayer) and not layer.merged and not layer.disable_adapters and _names(layer)
     }
 
 
-def _names(layer: BaseTunerLayer, adapter_names: list[str] | None) -> list[str]:
-    """The adapters out of these, or of the active ones, that this layer has."""
+def _names(layer: BaseTunerLayer) -> list[str]:
+    """The active adapters that this layer has."""
     containers = [getattr(layer, name, ()) for name in layer.adapter_layer_names]
-    wanted = layer.active_adapters if adapter_names is None else adapter_names
-    return [name for name in wanted if any(name in container for container in containers)]
+    return [name for name in layer.active_adapters if any(name in container for container in containers)]
 
 
-def obstacle(model: nn.Module, layers: dict[str, BaseTunerLayer], adapter_names: list[str] | None) -> str | None:
+def obstacle(model: nn.Module, layers: dict[str, BaseTunerLayer]) -> str | None:
     """Why these layers cannot all be merged into copies; what only `merge` itself finds out is not known here."""
     for module in model.modules():
         if isinstance(module, SHARDED):
@@ -46,7 +41,7 @@ def obstacle(model: nn.Module, layers: dict[str, BaseTunerLayer], adapter_names:
         if isinstance(module, PeftModel) and (reason := _obstacle_of_method(module)):
             return reason
     for path, layer in layers.items():
-        reason = _obstacle_of_weights(layer) or _obstacle_of_adapters(layer, adapter_names)
+        reason = _obstacle_of_weights(layer) or _obstacle_of_adapters(layer)
         if reason is not None:
             return f"{path} {reason}"
     return None
@@ -80,8 +75,8 @@ def _obstacle_of_weights(layer: BaseTunerLayer) -> str | None:
     return None
 
 
-def _obstacle_of_adapters(layer: BaseTunerLayer, adapter_names: list[str] | None) -> str | None:
-    names = _names(layer, adapter_names)
+def _obstacle_of_adapters(layer: BaseTunerLayer) -> str | None:
+    names = _names(layer)
     stacked = layer.base_layer
     while isinstance(stacked, BaseTunerLayer):
         if not hasattr(stacked, "parameter_name"):
@@ -98,31 +93,56 @@ def _adds_up(layer: BaseTunerLayer, names: list[str]) -> bool:
     return isinstance(layer, LoraLayer) and not any(name in layer.lora_variant for name in names)
 
 
-def check_shards(tuner: BaseTuner, adapter_names: list[str] | None) -> None:
-    """
-    Raises:
-        `InputError`: weights are sharded by FSDP2, and PEFT's merge of the method would not reach them. Most of PEFT's
-            merges end in an assignment to `.data`, which is ignored on a sharded parameter.
-    """
-    split = any(isinstance(module, FSDPModule) for module in tuner.modules())
-    for path, layer in layers_to_merge(tuner, adapter_names).items():
-        sharded = split or any(isinstance(parameter, DTensor) for parameter in layer.get_base_layer().parameters())
-        if sharded and not _reaches_shards(layer, _names(layer, adapter_names)):
-            raise InputError(
-                f"{path} is sharded by FSDP2, and PEFT's merge of {kind_of(layer)} does not reach sharded weights: the base "
-                "model would be taken for the merged one. Use DDP or DeepSpeed, LoRA without a variant, or an adapter of "
-                "hf_delta."
+def obstacle_to_streaming(model: nn.Module, layers: dict[str, BaseTunerLayer]) -> str | None:
+    """Why these layers cannot all be merged out of place, one by one; sharded and bitsandbytes' weights can."""
+    for module in model.modules():
+        if isinstance(module, FullyShardedDataParallel):
+            return (
+                "the model is sharded by FSDP 1; version 2 of FSDP, and DeepSpeed, shard in a way that can be gathered"
             )
+        if isinstance(module, PeftModel) and (reason := _obstacle_of_method(module)):
+            return reason
+        if reason := _obstacle_of_quantizer(module):
+            return reason
+    for path, layer in layers.items():
+        reason = _obstacle_of_any_weights(layer) or _obstacle_of_adapters(layer)
+        if reason is not None:
+            return f"{path} {reason}"
+    return None
 
 
-def _reaches_shards(layer: BaseTunerLayer, names: list[str]) -> bool:
-    if isinstance(layer, DeltaLinear):
-        return True
-    if not isinstance(layer, LoraLayer):
-        return False
-    plain = not any(name in layer.lora_variant for name in names)
-    exact = fast_dora_is_on() and any(is_dora(layer, name) for name in names)
-    return plain or (exact and all(is_dora_or_lora(layer, name) for name in names))
+def _obstacle_of_quantizer(module: nn.Module) -> str | None:
+    quantizer = getattr(module, "hf_quantizer", None)
+    if quantizer is None:
+        return None
+    method = getattr(quantizer.quantization_config, "quant_method", "")
+    method = getattr(method, "value", method)
+    if method != "bitsandbytes":
+        return f"the model is quantised with {method}; train on the dense model, in 4 bits if need be (load_in_4bit)"
+    if quantizer.pre_quantized:
+        return "the model is stored quantised, and so vLLM would load it; name the dense model, and load_in_4bit: true"
+    return None
+
+
+def _obstacle_of_any_weights(layer: BaseTunerLayer) -> str | None:
+    base = layer.get_base_layer()
+    if any(is_flattened(parameter) for parameter in layer.parameters()):
+        return "is sharded by FSDP 1; version 2 of FSDP, and DeepSpeed, shard in a way that can be gathered"
+    quantised = is_bitsandbytes(base)
+    if quantised and any(is_sharded(parameter) for parameter in base.parameters()):
+        return "is quantised and sharded, from which its weight cannot be told"
+    for module, names in base_parameters(layer).items():
+        if isinstance(module, BaseTunerLayer):
+            return f"has adapters of several methods, or inside of one another ({kind_of(layer)}, {kind_of(module)})"
+        for name in names:
+            parameter = getattr(module, name)
+            if parameter.is_meta:
+                return f"has a {name} that is offloaded"
+            if parameter.dtype not in DENSE and not quantised:
+                return f"has a {name} in a format that is not read here ({parameter.dtype})"
+    if not any(True for _ in base.parameters()):
+        return f"has a base layer without parameters ({type(base).__name__}), as GPTQ's and AWQ's are"
+    return None
 
 
 def kind_of(layer: nn.Module) -> str:

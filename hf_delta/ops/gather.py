@@ -16,19 +16,14 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor, detached; a plain tensor is returned as it is.
 
-    Collective where the tensor is sharded: every rank calls it.
-
-    Raises:
-        `RuntimeError`: DeepSpeed ZeRO-3 has partitioned the tensor. It gathers on entry of a module's forward, and
-            elsewhere with `deepspeed.zero.GatheredParameters([parameter])` around the call.
+    Collective where the tensor is sharded: every rank calls it. What DeepSpeed ZeRO-3 has partitioned comes as a copy; inside
+    of a forward it gathers by itself.
     """
     if isinstance(tensor, DTensor):
         return tensor.detach().full_tensor()
     if is_sharded(tensor):
-        raise RuntimeError(
-            f"a parameter of {tensor.ds_numel} elements is partitioned by DeepSpeed ZeRO-3: gather it first, "
-            "with deepspeed.zero.GatheredParameters([parameter])"
-        )
+        with gathered(tensor):
+            return tensor.detach().clone()
     return tensor.detach()
 
 

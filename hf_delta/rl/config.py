@@ -62,6 +62,7 @@ class DeltaGRPOConfig(GRPOConfig):
         merged_rollouts (`bool`, *optional*, defaults to `False`):
             Whether rollouts run on a copy of the adapted weights with the adapter merged, see
             [`~hf_delta.rl.merged.merged_rollouts`]: the cost of the base model, and a base that is bit for bit untouched.
+            Changes nothing with vLLM, which has merged weights of its own.
         correct_threshold (`float`, *optional*):
             A rollout is correct if its reward is above; 0.5 by default, for which rewards must lie in [0, 1].
         correct_reward_func (`str`, *optional*):

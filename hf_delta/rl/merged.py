@@ -7,19 +7,17 @@ the base parameters for the length of a rollout.
 
 import logging
 import weakref
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_delta._compat.merging import CopiedMerge, base_parameters
 from hf_delta.adapters.base import DeltaLinear
 from hf_delta.adapters.dora.merging import KEPT
-from hf_delta.adapters.mergeable import check_shards, kind_of, layers_to_merge, obstacle
+from hf_delta.adapters.mergeable import kind_of, layers_to_merge, obstacle
 from hf_delta.errors import InputError
 
 
@@ -55,85 +53,18 @@ def merged_rollouts(model: nn.Module) -> Iterator[None]:
         _undo(merges)
 
 
-@contextmanager
-def base_weights_kept(model: nn.Module) -> Iterator[None]:
-    """
-    Context in which `model.merge_adapter()` merges into copies, and `model.unmerge_adapter()` puts the originals back.
-
-    For code that calls these two by itself, such as TRL's transfer of weights to vLLM. What is merged at the end of the
-    context is unmerged there. Where it cannot be done, PEFT merges as ever, and one warning for each model says why.
-
-    Raises:
-        `InputError`: a merged weight would be NaN or infinite; or, from `merge_adapter()`, weights are sharded and PEFT's
-            merge of this method does not reach them, so that the base model would be taken for the merged one.
-    """
-    tuners = [module for module in model.modules() if isinstance(module, BaseTuner)]
-    merging = [_Merging(tuner) for tuner in tuners]
-    try:
-        for each in merging:
-            each.start()
-        yield
-    finally:
-        for each in merging:
-            each.stop()
-
-
-class _Merging:
-    """What stands in the place of `merge_adapter` and `unmerge_adapter` of one tuner."""
-
-    def __init__(self, tuner: BaseTuner):
-        self.tuner = tuner
-        self.merges: list[CopiedMerge] = []
-
-    def start(self) -> None:
-        originals = self.tuner.merge_adapter, self.tuner.unmerge_adapter
-        # On the object: PeftModel passes both names on to its tuner.
-        self.tuner.merge_adapter = partial(self._merge, originals[0])
-        self.tuner.unmerge_adapter = partial(self._unmerge, originals[1])
-
-    def stop(self) -> None:
-        self._restore()
-        del self.tuner.merge_adapter, self.tuner.unmerge_adapter
-
-    def _restore(self) -> None:
-        merges, self.merges = self.merges, []
-        _undo(merges)
-
-    def _merge(self, original, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        if self.merges:
-            return
-        holders = Counter(id(p) for _, p in self.tuner.named_parameters(remove_duplicate=False))
-        self.merges, reason = _merge(self.tuner, adapter_names)
-        if reason is not None:
-            check_shards(self.tuner, adapter_names)
-            _tell(self.tuner, f"PEFT merges and unmerges in place, which changes the base weights a little: {reason}.")
-            original(adapter_names=adapter_names, safe_merge=safe_merge)
-        elif any(holders[id(parameter)] > 1 for merge in self.merges for parameter in merge.replaced):
-            _tell(
-                self.tuner,
-                "Weights with an adapter are tied to others, such as embeddings to the head. Here only the adapted one "
-                "changes; what ties them as well and loads weights by name, as vLLM does, cannot hold both.",
-            )
-
-    def _unmerge(self, original) -> None:
-        if self.merges:
-            self._restore()
-        else:
-            original()
-
-
 # -- merging ------------------------------------------------------------------------------------------------------------
-def _merge(model: nn.Module, adapter_names: list[str] | None = None) -> tuple[list[CopiedMerge], str | None]:
+def _merge(model: nn.Module) -> tuple[list[CopiedMerge], str | None]:
     """What was merged, or why nothing was."""
-    layers = layers_to_merge(model, adapter_names)
-    reason = obstacle(model, layers, adapter_names)
+    layers = layers_to_merge(model)
+    reason = obstacle(model, layers)
     if reason is not None:
         return [], reason
     merges: list[CopiedMerge] = []
     try:
         for path, layer in layers.items():
             merges.append(CopiedMerge(layer, copies=not isinstance(layer, DeltaLinear)))
-            reason = _refusal(merges[-1], adapter_names)
+            reason = _refusal(merges[-1])
             if reason is not None:
                 _undo(merges)
                 return [], f"{path} ({kind_of(layer)}) {reason}"
@@ -144,10 +75,10 @@ def _merge(model: nn.Module, adapter_names: list[str] | None = None) -> tuple[li
     return merges, None
 
 
-def _refusal(merge: CopiedMerge, adapter_names: list[str] | None) -> str | None:
+def _refusal(merge: CopiedMerge) -> str | None:
     """Merge a layer, or say why PEFT does not."""
     try:
-        merge.merge(adapter_names)
+        merge.merge()
     except (InputError, torch.OutOfMemoryError):
         raise
     # Every method refuses in its own way.

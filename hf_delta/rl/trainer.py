@@ -11,12 +11,14 @@ from accelerate.utils import is_peft_model
 from trl import GRPOTrainer
 
 from hf_delta._compat.trl import gather_column, gather_rows
+from hf_delta._compat.vllm import vllm_mismatch
+from hf_delta.adapters.stream import check_streamable, has_adapters, merged_weights
 from hf_delta.errors import InputError
 from hf_delta.rl.advantages import group_sums, grouped_advantages, mean_surrogate_loss
 from hf_delta.rl.allocation import AllocationRule
 from hf_delta.rl.configured import Rules
 from hf_delta.rl.curriculum import Plan
-from hf_delta.rl.merged import base_weights_kept, merged_rollouts
+from hf_delta.rl.merged import merged_rollouts
 from hf_delta.rl.resume import ResumableGRPO
 from hf_delta.rl.rewards import checked_reward, correct_rollouts
 from hf_delta.rl.weights import AdvantageTransform, RolloutBatch, combine_weights
@@ -57,7 +59,8 @@ class DeltaGRPOTrainer(ResumableGRPO):
             An allocation rule as an object, instead of one that the config names.
 
     Raises:
-        `InputError`: rules and data do not fit each other, a reward function fails or returns what is not a reward, no
+        `InputError`: vLLM is of a version that TRL does not support, or cannot hold the weights with this adapter in them;
+        rules and data do not fit each other, a reward function fails or returns what is not a reward, no
         reward function gives a score, every completion of the first batch is masked as truncated, a weight rule returns
         what is no weight, or a checkpoint belongs to another method, another version, or is damaged.
     """
@@ -74,6 +77,8 @@ class DeltaGRPOTrainer(ResumableGRPO):
     ):
         # What is wrong with rules and data is said before a model is loaded.
         given = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        if getattr(given.get("args"), "use_vllm", False) and (mismatch := vllm_mismatch()):
+            raise InputError(mismatch)
         rules = Rules(given.get("args"), advantage_transforms, rollout_allocation)
         self.advantage_transforms: list[AdvantageTransform] = rules.transforms
         self._needs = rules.needs
@@ -90,6 +95,9 @@ class DeltaGRPOTrainer(ResumableGRPO):
         self.single_rows = self.curriculum is not None and self.curriculum.allocation is not None
         self.watch_losses = "losses" in self._needs
         self._set_up_merging()
+        if self.use_vllm and has_adapters(self.model):
+            check_streamable(self.model)
+            self.send_to_vllm(merged_weights)
         self.reward_funcs = [checked_reward(f, n) for f, n in zip(self.reward_funcs, self.reward_func_names)]
         self._saw_rollouts = False
         self._plan: Plan | None = None
@@ -99,10 +107,10 @@ class DeltaGRPOTrainer(ResumableGRPO):
             return
         if not is_peft_model(self.model):
             logger.warning("merged_rollouts: there is no adapter to merge, so that it changes nothing.")
-        if self.rollout_func is not None and not self.use_vllm:
-            logger.warning("merged_rollouts: a rollout_func generates by itself, so that this changes nothing.")
         if self.use_vllm:
-            self.around_vllm_sync(lambda: base_weights_kept(self.accelerator.unwrap_model(self.model)))
+            logger.warning("merged_rollouts: vLLM generates with merged weights anyway, so that this changes nothing.")
+        elif self.rollout_func is not None:
+            logger.warning("merged_rollouts: a rollout_func generates by itself, so that this changes nothing.")
 
     # -- rollouts ---------------------------------------------------------------------------------------------------
     def before_rollouts(self, rows: list[dict]) -> list[dict]:

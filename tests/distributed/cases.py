@@ -14,6 +14,7 @@ from tests.adapters.life import DORA, KINDS
 from tests.distributed import preference
 from tests.distributed.fsdp_on_cpu import FSDP2, fsdp_on_cpu
 from tests.distributed.sharded_adapters import left_whole, sharded_adapter
+from tests.distributed.through_vllm import CASES as VLLM
 from tests.rl.frozen import GENERATIONS, PROMPTS, GradientRecorder, frozen_rollouts
 from tests.rl.gdro import GDRO, binary_reward, frozen_groups
 from tests.rl.test_gdro import LEARNING as LEARNING_GDRO
@@ -189,4 +190,5 @@ CASES = {
     **{f"fully_shard_{kind}": partial(sharded_adapter, kind=kind) for kind in [*KINDS, *DORA]},
     "left_whole_bone": partial(left_whole, kind="bone"),
     "left_whole_dora": partial(left_whole, kind="dora"),
+    **VLLM,
 }

@@ -11,8 +11,7 @@ from torch.distributed.tensor import distribute_tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_delta.adapters.dora import fast_dora
-from hf_delta.errors import InputError
-from hf_delta.rl.merged import base_weights_kept, merged_rollouts
+from hf_delta.rl.merged import merged_rollouts
 from tests.adapters.life import adapted, base_model, config_of, logits, perturb
 from tests.rl.merged import LORA, everything_stays, model_of, move, tuner_layers
 
@@ -197,40 +196,3 @@ def test_models_inside_of_fsdp1(one_process, caplog):
     caplog.clear()
     # The root was unwrapped; what is inside has flat parameters.
     assert_falls_back(model, "is sharded", caplog, compute=lambda _: torch.zeros(1))
-
-
-# -- merging that is not ours -----------------------------------------------------------------------------------------
-def test_peft_merges_where_we_cannot(caplog):
-    """As without us: merged in place, unmerged with the rounding that this has."""
-    model = lora()
-    tuner_layers(model)[0].get_base_layer().weight.ds_id = 7
-    weight = tuner_layers(model)[0].get_base_layer().weight
-    value, expected = weight.clone(), logits(model)
-    for _ in range(2):
-        with base_weights_kept(model):
-            model.merge_adapter()
-            assert tuner_layers(model)[0].get_base_layer().weight is weight and not torch.equal(weight, value)
-            assert torch.allclose(logits(model), expected, atol=1e-5)
-            model.unmerge_adapter()
-    assert torch.allclose(weight, value, atol=1e-6)
-    assert len(caplog.records) == 1 and "in place" in caplog.text and "is sharded" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("kind", "reached"), [("lora", True), ("bone", True), ("bat_row", True), ("miss", False), ("peft_dora", False)]
-)
-def test_a_merge_that_sharded_weights_would_ignore_is_refused(kind, reached, one_process, caplog):
-    model = model_of(kind)
-    whole = logits(model)
-    fully_shard(model)
-    layer = tuner_layers(model)[0]
-    with base_weights_kept(model):
-        if not reached:
-            with pytest.raises(InputError, match="does not reach sharded weights"):
-                model.merge_adapter()
-            return
-        model.merge_adapter()
-        assert layer.merged
-        assert torch.allclose(logits(model), whole, atol=1e-5)
-        model.unmerge_adapter()
-    assert torch.allclose(logits(model), whole, atol=1e-5)

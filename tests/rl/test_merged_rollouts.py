@@ -1,7 +1,6 @@
 """Merged rollouts: what is computed inside, and that everything is as before after them."""
 
 import gc
-import inspect
 import warnings
 
 import pytest
@@ -12,7 +11,7 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hf_delta.adapters.dora import fast_dora
 from hf_delta.errors import InputError
-from hf_delta.rl.merged import base_weights_kept, merged_rollouts
+from hf_delta.rl.merged import merged_rollouts
 from tests.adapters.life import DORA, IDS, KINDS, base_model, config_of, gpt2_model, logits, perturb
 from tests.rl.merged import LORA, METHODS, everything_stays, model_of, move, truly_merged, tuner_layers
 
@@ -176,18 +175,6 @@ def test_of_tied_weights_only_those_with_an_adapter_change(targets):
         assert tied[0].weight is not tied[1].weight
 
 
-def test_transfers_by_name_of_tied_weights_are_warned_of(caplog):
-    """As vLLM ties the weights too, it has no place for a head that differs from the embeddings."""
-    for targets, count in ((["q_proj"], 0), (["lm_head"], 1)):
-        model = move(get_peft_model(base_model(), LoraConfig(**LORA | {"target_modules": targets}))).eval()
-        caplog.clear()
-        for _ in range(2):
-            with everything_stays(model), base_weights_kept(model):
-                model.merge_adapter()
-                model.unmerge_adapter()
-        assert len(caplog.records) == count == caplog.text.count("are tied to others")
-
-
 def test_conv1d_and_embeddings():
     for targets in (["c_attn", "c_fc"], ["c_attn", "wte"]):
         for use_dora in (False, True):
@@ -274,7 +261,7 @@ def test_rollouts_inside_of_rollouts():
 
 def test_models_without_adapters_are_left_alone(caplog):
     model = base_model()
-    with everything_stays(model), merged_rollouts(model), base_weights_kept(model):
+    with everything_stays(model), merged_rollouts(model):
         logits(model)
     assert not caplog.records
 
@@ -295,44 +282,14 @@ def test_values_that_are_not_finite(kind, value):
     with torch.no_grad():
         [p for p in model.parameters() if p.requires_grad][-1].view(-1)[0] = value
     where = "layers.1.mlp.down_proj" if kind != "pmss" else "layers.1"
-    for context in (merged_rollouts(model), base_weights_kept(model)):
-        state = [(id(p), p.data_ptr()) for p in model.parameters()]
-        with pytest.raises(InputError, match=rf"{where}.*NaN or infinite values"), context:
-            model.merge_adapter()
-        assert state == [(id(p), p.data_ptr()) for p in model.parameters()]
-        assert not any(layer.merged for layer in tuner_layers(model))
+    state = [(id(p), p.data_ptr()) for p in model.parameters()]
+    with pytest.raises(InputError, match=rf"{where}.*NaN or infinite values"), merged_rollouts(model):
+        pass
+    assert state == [(id(p), p.data_ptr()) for p in model.parameters()]
+    assert not any(layer.merged for layer in tuner_layers(model))
 
 
-# -- what merges by itself --------------------------------------------------------------------------------------------
-def test_trl_merges_where_it_is_expected_to():
-    from trl.generation import vllm_generation
-
-    source = inspect.getsource(vllm_generation)
-    assert "model.merge_adapter()" in source and "model.unmerge_adapter()" in source
-
-
-@pytest.mark.parametrize("kind", ["lora", "peft_dora", "miss_bat", "ia3", "bat_col", "dora", "layer_norm"])
-def test_walks_over_merged_weights(kind):
-    """As TRL does for vLLM, twice: the names and values of a merged model, and the original objects after it."""
-    with fast_dora() if kind == "dora" else warnings.catch_warnings():
-        model = model_of(kind, torch.bfloat16)
-        merged = model_of(kind, torch.bfloat16).merge_and_unload()
-        expected = dict(merged.named_parameters(remove_duplicate=False))
-        with everything_stays(model):
-            with base_weights_kept(model):
-                for _ in range(2):
-                    model.merge_adapter()
-                    found = {
-                        name.removeprefix("base_model.model.").replace(".base_layer", ""): parameter.clone()
-                        for name, parameter in model.named_parameters(remove_duplicate=False)
-                        if model.prefix not in name
-                    }
-                    model.unmerge_adapter()
-                model.merge_adapter()
-        assert all(torch.equal(found[name], value) for name, value in expected.items())
-        assert not {"merge_adapter", "unmerge_adapter"} & vars(model.base_model).keys()
-
-
+# -- memory, and shared parameters --------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["lora", "peft_dora", "bone", "dora"])
 def test_extra_memory_is_one_copy_of_the_adapted_weights(kind):
     def parameters():

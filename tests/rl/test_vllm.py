@@ -1,56 +1,36 @@
 """Rollouts through vLLM: what the engine is asked, which weights it holds, and what the trainer makes of its answers."""
 
+import importlib.metadata
+import inspect
+import re
 from collections import Counter, defaultdict
-from contextlib import contextmanager
-from copy import deepcopy
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
 from zlib import crc32
 
 import peft
 import pytest
 import torch
 import trl
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from trl import import_utils
 
-from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer
+from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer, InputError
+from hf_delta._compat.bitsandbytes import dequantised_weight
+from hf_delta._compat.vllm import SUPPORTED_VLLM, vllm_mismatch
+from hf_delta.adapters.dora import fast_dora
 from hf_delta.rl.allocation import RolloutGDRO
-from tests.adapters.life import config_of
-from tests.rl.frozen import GENERATIONS, PROMPTS, build_world, dataset, frozen_reward
-from tests.rl.test_trainer import config, lora
-from tests.standin_vllm import standin_vllm
+from tests.adapters.life import DORA, KINDS, config_of
+from tests.rl.engine import Syncs, assert_exact, assert_ratio_is_one, built, engine_of, logged
+from tests.rl.frozen import GENERATIONS, PROMPTS, build_world
+from tests.rl.merged import METHODS
+from tests.rl.test_trainer import lora
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return build_world(tmp_path_factory.mktemp("world"))
-
-
-@contextmanager
-def built(world, out, cls=DeltaGRPOTrainer, config_cls=DeltaGRPOConfig, reward=frozen_reward, rows=PROMPTS, **changes):
-    """A trainer whose rollouts come from the stand-in engine."""
-    kwargs = {"peft_config": changes.pop("peft_config", None)}
-    args = config(out, config_cls, use_vllm=True, **{"vllm_mode": "colocate", **changes})
-    data = dataset(rows)
-    data = data.add_column("prompt_id", data["prompt"][:])
-    with standin_vllm(serves=world):
-        model = AutoModelForCausalLM.from_pretrained(world)
-        yield cls(model, reward, args, data, processing_class=AutoTokenizer.from_pretrained(world), **kwargs)
-
-
-def engine_of(trainer):
-    backend = trainer.vllm_generation
-    return backend.llm if backend.mode == "colocate" else backend.vllm_client.llm
-
-
-def logged(trainer, name):
-    found = [row[name] for row in trainer.state.log_history if name in row]
-    assert len(found) == trainer.state.global_step
-    return found
-
-
-def assert_ratio_is_one(trainer):
-    for end in ("min", "max"):
-        ratios = logged(trainer, f"sampling/importance_sampling_ratio/{end}")
-        assert ratios == pytest.approx([1.0] * len(ratios), abs=1e-4)
 
 
 # -- the engine under TRL's own trainer -----------------------------------------------------------------------------
@@ -133,7 +113,7 @@ class Judge:
         return float(crc32(str(ids).encode()) % 2) if kind > 1 else float(kind)
 
 
-MERGED = {"merged_rollouts": True, "peft_config": lora(0.0), "learning_rate": 0.1}
+MERGED = {"peft_config": lora(0.0), "learning_rate": 0.1}
 RULE = f"{__name__}.FromOneToTheNext"
 VARIABLE = {
     "a fixed rule": {"rollout_allocation": RULE},
@@ -217,6 +197,71 @@ def test_truncated_completions_are_masked_row_by_row(run):
 
 
 # -- weights --------------------------------------------------------------------------------------------------------
+STEPS = 2
+ALL_LINEAR = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+FAST_DORA = "fast_dora"
+
+
+def peft_config_of(kind):
+    if kind in KINDS | DORA:
+        return config_of(kind)
+    cls, fields = METHODS["peft_dora" if kind == FAST_DORA else kind]
+    return cls(**{**ALL_LINEAR, **fields})
+
+
+SENT = ["lora", "rslora", "peft_dora", FAST_DORA, "miss", "pmss", "bone", "bat_row", "edora"]
+SENT_TOO = ["pissa", "miss_bat", "adalora", "ia3", "oft", "vera", "loha"]
+SENT_TOO += ["pmss_normalised", "row", "mini", "bat_col", "lora_xs"]
+
+
+def synchronised(world, out, kind, steps=STEPS, **changes):
+    """A trainer after a run whose weights go to the engine `steps` times, and what [`Syncs`] saw."""
+    settings = {"max_steps": steps, "per_device_train_batch_size": 8, "max_completion_length": 4, **changes}
+    with fast_dora() if kind == FAST_DORA else nullcontext():
+        with built(world, out, peft_config=peft_config_of(kind), **settings) as trainer:
+            syncs = Syncs(trainer, world, partial(peft_config_of, kind))
+            trainer.train()
+    assert len(engine_of(trainer).syncs) == steps == len(syncs.received)
+    return trainer, syncs
+
+
+@pytest.mark.parametrize("kind", [*SENT, *(pytest.param(kind, marks=pytest.mark.slow) for kind in SENT_TOO)])
+def test_the_engine_has_exactly_the_merged_weights_and_the_model_is_untouched(world, tmp_path, kind):
+    trainer, syncs = synchronised(world, tmp_path, kind)
+    assert_exact(syncs, STEPS)
+    assert_ratio_is_one(trainer, 1e-5)
+    names = [name for name, _ in AutoModelForCausalLM.from_pretrained(world).named_parameters()]
+    assert engine_of(trainer).syncs == [names] * STEPS
+
+
+@pytest.mark.parametrize("kind", [FAST_DORA, "miss"])
+@pytest.mark.parametrize("mode", [{"vllm_mode": "server"}, {"vllm_enable_sleep_mode": True}], ids=str)
+def test_so_it_has_on_a_server_and_after_sleep(world, tmp_path, kind, mode):
+    trainer, syncs = synchronised(world, tmp_path, kind, **mode)
+    assert_exact(syncs, STEPS)
+    assert_ratio_is_one(trainer, 1e-5)
+
+
+def test_the_reference_stays_out(world, tmp_path):
+    trainer, syncs = synchronised(world, tmp_path, "lora", beta=0.1, trained_before=True)
+    assert set(trainer.model.peft_config) == {"default", "ref"}
+    assert_exact(syncs, STEPS)
+
+
+def test_truncated_completions_and_a_capped_ratio(world, tmp_path):
+    """Masked rows and importance sampling correction see the engine's log-probabilities as those of the policy."""
+    trainer, syncs = synchronised(
+        world,
+        tmp_path,
+        "peft_dora",
+        mask_truncated_completions=True,
+        vllm_importance_sampling_correction=True,
+        vllm_importance_sampling_cap=1.0 + 1e-5,
+    )
+    assert_exact(syncs, STEPS)
+    assert_ratio_is_one(trainer, 1e-5)
+
+
 @pytest.fixture(scope="module")
 def bf16_world(world, tmp_path_factory):
     path = tmp_path_factory.mktemp("bf16_world")
@@ -225,61 +270,95 @@ def bf16_world(world, tmp_path_factory):
     return str(path)
 
 
-class Weights:
-    """A reward function that looks at engine and model when a rollout is done, and the step that uses it is not."""
-
-    __name__ = "weights"
-
-    def __init__(self):
-        self.trainer = None
-        self.received, self.merged, self.base = [], [], []
-
-    def __call__(self, completions, **kwargs):
-        model = self.trainer.model
-        self.received.append(self.trainer.vllm_generation.llm.weights())
-        self.merged.append(dict(deepcopy(model).merge_and_unload().named_parameters()))
-        self.base.append({n: p.clone() for n, p in model.named_parameters() if not p.requires_grad})
-        return frozen_reward(completions)
+def drift(weights):
+    start, end = weights
+    return max(((end[n].float() - p.float()).norm() / p.float().norm()).item() for n, p in start.items())
 
 
-ADAPTERS = {
-    "lora": lambda: lora(0.0),
-    "dora": lambda: peft.LoraConfig(r=4, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM"),
-    "bat_row": lambda: config_of("bat_row"),
-}
-SYNCS = 10
+@pytest.mark.parametrize("kind", ["lora", "peft_dora", "miss"])
+def test_a_base_in_16_bits_does_not_drift_as_it_does_with_trl(bf16_world, tmp_path, kind):
+    moved = {}
+    for cls, config_cls in ((DeltaGRPOTrainer, DeltaGRPOConfig), (trl.GRPOTrainer, trl.GRPOConfig)):
+        settings = {"max_steps": 6, "per_device_train_batch_size": 8, "max_completion_length": 3}
+        with built(
+            bf16_world, tmp_path, cls, config_cls, peft_config=peft_config_of(kind), learning_rate=0.1, **settings
+        ) as trainer:
+            base = {n: p for n, p in trainer.model.named_parameters() if not p.requires_grad}
+            assert {p.dtype for p in base.values()} == {torch.bfloat16}
+            start = {n: p.clone() for n, p in base.items()}
+            trainer.train()
+        moved[cls] = drift([start, base])
+    assert moved[DeltaGRPOTrainer] == 0.0 and moved[trl.GRPOTrainer] > 1e-4
 
 
-def synchronised(world, out, kind, **changes):
-    """What [`Weights`] saw in a run whose weights go to the engine `SYNCS` times."""
-    weights = Weights()
-    settings = {"max_steps": SYNCS, "per_device_train_batch_size": 8, "max_completion_length": 3}
+# -- what vLLM cannot hold ------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        (lambda: peft.LoraConfig(**ALL_LINEAR, modules_to_save=["lm_head"]), "model.embed_tokens.weight and lm_head.weight are"),
+        (lambda: peft.PrefixTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "PREFIX_TUNING is no change of weights"),
+    ],
+)  # fmt: skip
+def test_an_adapter_that_it_cannot_hold_is_refused_before_training(world, tmp_path, adapter, said):
+    with pytest.raises(InputError, match=said), built(world, tmp_path, peft_config=adapter()):
+        pass
+
+
+def test_a_method_without_merging_is_refused_before_the_first_step(world, tmp_path):
+    config = peft.LilyConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    with built(world, tmp_path, peft_config=config) as trainer:
+        with pytest.raises(InputError, match=r"layers.0.self_attn.q_proj \(lily Linear\) cannot be merged"):
+            trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_a_quantised_base_goes_out_dense(world, tmp_path, bits):
+    pytest.importorskip("bitsandbytes")
+    quantised = BitsAndBytesConfig(**{f"load_in_{bits}": True})
+    # In colocated mode TRL refuses 8 bits, because of the engine that it would make.
+    mode = {"4bit": "colocate", "8bit": "server"}[bits]
     with built(
-        world, out, reward=weights, peft_config=ADAPTERS[kind](), lr_scheduler_type="constant", **settings, **changes
+        world,
+        tmp_path,
+        peft_config=lora(0.0),
+        vllm_mode=mode,
+        max_steps=2,
+        model_kwargs={"quantization_config": quantised, "device_map": "cpu"},
     ) as trainer:
-        weights.trainer = trainer
+        base = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if not p.requires_grad}
         trainer.train()
-    assert len(trainer.vllm_generation.llm.syncs) == SYNCS == len(weights.received)
-    return weights
+        trainer.vllm_generation.sync_weights()
+    received = engine_of(trainer).weights()
+    layer = trainer.model.get_base_model().model.layers[0].mlp.down_proj
+    expected = dequantised_weight(layer.get_base_layer()).float() + layer.get_delta_weight("default").float()
+    torch.testing.assert_close(received["model.layers.0.mlp.down_proj.weight"], expected, rtol=1e-2, atol=1e-3)
+    assert layer.get_delta_weight("default").abs().max() > 1e-3
+    now = dict(trainer.model.named_parameters())
+    assert all(torch.equal(now[name], value) for name, value in base.items())
 
 
-def unequal(one, other):
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])]
+# -- versions -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("version", ["0.21.9", "0.31.1", "0.33.0"])
+def test_a_vllm_that_trl_does_not_support_is_refused_with_what_to_install(world, tmp_path, monkeypatch, version):
+    installed = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "vllm" else installed(name))
+    said = f"vllm {version} is installed, and TRL 1.16 supports 0.22.0 to 0.31.0: pip install -c constraints-vllm.txt"
+    with pytest.raises(InputError, match=re.escape(said)), built(world, tmp_path):
+        pass
+    for supported in ("0.22.0", "0.31.0", "0.31.0+cu129"):
+        assert vllm_mismatch(supported) is None
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_merged_rollouts_send_the_merged_weights_and_leave_the_base_bit_for_bit(bf16_world, tmp_path, kind):
-    weights = synchronised(bf16_world, tmp_path, kind, merged_rollouts=True)
-    start = weights.base[0]
-    assert {p.dtype for p in start.values()} == {torch.bfloat16}
-    for received, merged, base in zip(weights.received, weights.merged, weights.base):
-        assert unequal(base, start) == []
-        assert unequal(received, merged) == []
-    assert unequal(weights.received[0], weights.received[-1])
-
-
-def test_without_merged_rollouts_the_base_drifts(bf16_world, tmp_path):
-    weights = synchronised(bf16_world, tmp_path, "lora")
-    drift = [(weights.base[-1][n].float() - p.float()).norm() / p.float().norm() for n, p in weights.base[0].items()]
-    assert max(drift) > 1e-3
+def test_the_range_is_that_of_trl_and_the_constraints_lie_in_it():
+    first, last = SUPPORTED_VLLM
+    source = inspect.getsource(import_utils.is_vllm_available)
+    assert f'Version("{first}") <= _vllm_base_version <= Version("{last}")' in source
+    root = Path(__file__).parents[2]
+    constraints = (root / "constraints-vllm.txt").read_text()
+    assert vllm_mismatch(re.search(r"^vllm==(.+)$", constraints, re.M)[1]) is None
+    assert f"{first} to {last}" in constraints
+    recipes = [text for path in (root / "recipes").rglob("*.yaml") if "use_vllm: true" in (text := path.read_text())]
+    assert len(recipes) >= 4
+    for text in recipes:
+        assert "pip install -c constraints-vllm.txt" in text and f"TRL 1.16 supports vLLM {first} to {last}" in text

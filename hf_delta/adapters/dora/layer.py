@@ -11,6 +11,7 @@ from hf_delta._compat.torch import runs_plainly
 from hf_delta.adapters.dora.cache import NORMS
 from hf_delta.adapters.dora.functions import FusedDora, compose_change
 from hf_delta.adapters.dora.rollout import make_plan, planned_output
+from hf_delta.ops.gather import is_sharded
 
 
 def linear_forward(original: Callable) -> Callable:
@@ -74,7 +75,7 @@ def dora_update_layer(original: Callable) -> Callable:
         weight = getattr(base_layer, "weight", None)
         exact = type(self) is DoraLinearLayer and type(base_layer) is nn.Linear and type(weight) is nn.Parameter
         # A magnitude in 16 bits is rounded whichever way it is computed; a sharded weight has another size here.
-        if exact and weight.dtype == self.weight.dtype == lora_A.dtype == torch.float32:
+        if exact and not is_sharded(weight) and weight.dtype == self.weight.dtype == lora_A.dtype == torch.float32:
             if {weight.device, lora_A.device, self.weight.device} == {torch.device("cpu")} or weight.is_cuda:
                 norm = NORMS.norm(self, base_layer, lora_A, lora_B, scaling)
                 self.weight = nn.Parameter(norm.masked_fill(norm.isinf(), 0))
