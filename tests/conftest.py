@@ -1,6 +1,7 @@
 """What every test shares: no network, one thread, and a small playground."""
 
 import os
+from pathlib import Path
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -14,6 +15,19 @@ from hf_delta.playground import build_playground  # noqa: E402
 
 
 torch.set_num_threads(1)
+
+TESTS = Path(__file__).parent
+# They start processes and take longest: first, so that the two workers of pytest end together.
+FIRST = ("distributed", "test_train.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Give all tests of a file to one worker, for their fixtures, and all of `tests/distributed`, for their launch."""
+    for item in items:
+        path = item.path.relative_to(TESTS)
+        group = path.parts[0] if path.parts[0] == "distributed" else path.as_posix()
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: item.path.relative_to(TESTS).parts[0] not in FIRST)
 
 
 @pytest.fixture(scope="session")
