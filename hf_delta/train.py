@@ -227,9 +227,6 @@ def _end(trainer: Trainer) -> None:
 
 def _save(trainer: Trainer) -> None:
     """Collective."""
-    if trainer.is_fsdp_enabled:
-        # Sharded weights are for checkpoints; save_model writes nothing at all in that mode.
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()
 

@@ -13,6 +13,7 @@ from hf_delta.checkpoint import STATE_FILE, load_state
 from tests.adapters.life import DORA, KINDS
 from tests.distributed import preference
 from tests.distributed.fsdp_on_cpu import FSDP2, fsdp_on_cpu
+from tests.distributed.saving import CASES as SAVING
 from tests.distributed.sharded_adapters import left_whole, sharded_adapter
 from tests.distributed.through_vllm import CASES as VLLM
 from tests.rl.frozen import GENERATIONS, PROMPTS, GradientRecorder, frozen_rollouts
@@ -190,5 +191,6 @@ CASES = {
     **{f"fully_shard_{kind}": partial(sharded_adapter, kind=kind) for kind in [*KINDS, *DORA]},
     "left_whole_bone": partial(left_whole, kind="bone"),
     "left_whole_dora": partial(left_whole, kind="dora"),
+    **SAVING,
     **VLLM,
 }
