@@ -1,15 +1,25 @@
 """The configurations for `accelerate launch`: its own parser reads them, and two processes start where two are promised."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
+from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
+from transformers.integrations.deepspeed import propagate_args_to_deepspeed
+from trl import SFTConfig
 
+from tests.adapters.life import adapted
 from tests.running import keys, write
 
 
@@ -58,6 +68,91 @@ def test_what_the_sharded_ones_shard():
     assert launched("zero2").zero_stage == 2
     zero3 = launched("zero3")
     assert (zero3.zero_stage, zero3.zero3_init_flag, zero3.zero3_save_16bit_model) == (3, True, True)
+
+
+# -- what `accelerate launch` starts --------------------------------------------------------------------------------
+@pytest.fixture
+def started(monkeypatch):
+    """`(name, *flags) -> arguments of torch's launcher` with which each machine is started; their environment is set here."""
+
+    def start(name, *flags):
+        seen = []
+        monkeypatch.setattr("torch.distributed.run.run", lambda args: seen.append((args, dict(os.environ))))
+        command = ["--config_file", str(CONFIGS / f"{name}.yaml"), "--main_process_port", "0", *flags]
+        launch_command(launch_command_parser().parse_args([*command, "-m", "hf_delta.train", "recipe.yaml"]))
+        for key, value in seen[0][1].items():
+            monkeypatch.setenv(key, value)
+        return seen[0][0]
+
+    return start
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_key_is_one_that_accelerate_knows(name):
+    """It refuses others at the top by itself, and ignores them below."""
+    config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    known = vars(launch_command_parser().parse_args(["-m", "x"]))
+    below = [key for value in config.values() if isinstance(value, dict) for key in value]
+    assert not [key for key in below if key not in known]
+    assert all(key.startswith("fsdp_") for key in config.get("fsdp_config", {}))
+
+
+def test_a_key_that_accelerate_does_not_know_is_refused_by_it(tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text((CONFIGS / "ddp.yaml").read_text() + "num_process: 8\n")
+    with pytest.raises(ValueError, match="num_process"):
+        load_config_from_file(str(path))
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("machines", [1, 2])
+def test_eight_processes_are_started_on_each_machine(started, name, machines):
+    several = ["--num_machines", "2", "--num_processes", "16", "--machine_rank", "1", "--main_process_ip", "10.0.0.1"]
+    args = started(name, *(several if machines == 2 else []))
+    assert int(args.nproc_per_node) == 8 and args.module and args.training_script == "hf_delta.train"
+    if machines == 2:
+        assert (int(args.nnodes), int(args.node_rank)) == (2, 1) and args.rdzv_endpoint.startswith("10.0.0.1:")
+
+
+def test_fsdp2_is_what_each_process_builds_of_it(started):
+    started("fsdp2")
+    plugin = FullyShardedDataParallelPlugin()
+    assert (plugin.fsdp_version, plugin.reshard_after_forward) == (2, True)
+    assert plugin.state_dict_type == StateDictType.FULL_STATE_DICT
+    # TRL checkpoints activations by itself, and twice would be an error.
+    assert not plugin.activation_checkpointing and not isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+    plugin.set_mixed_precision(os.environ["ACCELERATE_MIXED_PRECISION"])
+    assert plugin.mixed_precision_policy.param_dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["bone", "pmss", "edora", "dora"])
+def test_fsdp2_shards_each_block_with_the_adapters_in_it(started, kind):
+    """Adapters read the base weight in a forward, where it is whole in the unit of the block and sharded in one of its own."""
+    started("fsdp2")
+    model, plugin = adapted(kind), FullyShardedDataParallelPlugin()
+    plugin.set_auto_wrap_policy(model)
+    is_unit = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    blocks = list(model.base_model.model.model.layers)
+    assert [module for module in model.modules() if is_unit(module)] == blocks
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("name, stage", [("zero2", 2), ("zero3", 3)])
+def test_deepspeed_is_what_each_process_builds_of_it(started, monkeypatch, tmp_path, name, stage):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert int(started(name).nproc_per_node) == 8
+    plugin = DeepSpeedPlugin()
+    assert plugin.zero_stage == stage and plugin.zero3_init_flag == (stage == 3)
+    recipe = SFTConfig(tmp_path, gradient_accumulation_steps=4, max_grad_norm=0.5, bf16=False, use_cpu=True)
+    propagate_args_to_deepspeed(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)), recipe)
+    # What the recipe says is what is trained with.
+    assert (plugin.deepspeed_config["gradient_accumulation_steps"], plugin.deepspeed_config["gradient_clipping"]) == (
+        4,
+        0.5,
+    )
+    zero = plugin.deepspeed_config["zero_optimization"]
+    assert zero["stage"] == stage and zero["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
+    assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == "none"
 
 
 @pytest.mark.slow
