@@ -72,11 +72,10 @@ def inputs(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Inputs:
-    generator = torch.Generator(device).manual_seed(0)
-    draw = lambda *size: torch.randn(*size, generator=generator, device=device)  # noqa: E731
-    hidden, head = draw(*shape), 0.05 * draw(vocabulary, shape[1])
-    reference = hidden + 0.1 * draw(*shape)
-    targets = torch.randint(vocabulary, shape[:1], generator=generator, device=device)
+    torch.manual_seed(0)
+    hidden, head = torch.randn(*shape, device=device), 0.05 * torch.randn(vocabulary, shape[1], device=device)
+    reference = hidden + 0.1 * torch.randn_like(hidden)
+    targets = torch.randint(vocabulary, shape[:1], device=device)
     hidden, head, reference = (each.to(dtype) for each in (hidden, head, reference))
     return Inputs(hidden.requires_grad_(), head.requires_grad_(trained), reference, targets)
 
