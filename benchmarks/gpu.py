@@ -76,7 +76,7 @@ def run(setup: Setup, names: list[str], rounds: int, budget: Budget) -> list[Row
         while comparisons:
             # Let go when it is done, with what its cases keep.
             comparison = comparisons.pop(0)
-            rows += measure(comparison, setup.device, rounds, own.share(1, len(comparisons)), bar)
+            rows += measure(comparison, setup.device, rounds, own, len(comparisons), bar)
             bar.over(len(comparison.cases) * (1 + rounds))
             del comparison
             free(setup.device)

@@ -85,26 +85,34 @@ class Progress:
 
 
 def measure(
-    comparison: Comparison, device: str, rounds: int, budget: Budget, progress: Progress | None = None
+    comparison: Comparison,
+    device: str,
+    rounds: int,
+    budget: Budget,
+    following: int = 0,
+    progress: Progress | None = None,
 ) -> list[Row]:
-    """All rows of a comparison, those without figures too; as many rounds as fit, and `rounds` at most."""
-    progress = progress or Progress()
+    """All rows of a comparison, those without figures too; as many rounds as fit, and `rounds` at most.
+
+    Rows and a first round may take all of the budget, because half a comparison is of no use; more rounds have an equal
+    share of it with the comparisons that follow.
+    """
+    progress, own = progress or Progress(), budget.share(1, following)
     progress.about(f"{comparison.section}: {comparison.what}")
-    rows, cases, longest = [], {}, 0.0
+    rows, cases = [], {}
     for name, build in comparison.cases.items():
-        row, start = Row(comparison.section, comparison.what, name, comparison.peer, comparison.tokens), budget.spent()
-        rows.append(row)
-        # A round takes about as long as building and running all of its cases once, and a row is nothing without one.
-        if 2 * (start + longest) >= budget.seconds:
+        rows.append(row := Row(comparison.section, comparison.what, name, comparison.peer, comparison.tokens))
+        # The round to come takes no longer than these first runs.
+        if own.spent() >= budget.left():
             row.end(LEFT_OUT, "no time was left for this row")
         elif case := _prepared(row, build, comparison.notes.get(name), device):
             cases[name] = case
         progress.done()
         if row.status == FAILED:
             free(device)
-        longest = max(longest, budget.spent() - start)
     by_name = {row.case: row for row in rows}
-    for seconds in islice(_rounds(cases, by_name, device, comparison.passes, budget), rounds):
+    going = _rounds(cases, by_name, device, comparison.passes, own) if budget.left() > 0 else ()
+    for seconds in islice(going, rounds):
         for name, value in seconds.items():
             by_name[name].seconds.append(value)
         progress.done(len(rows))
@@ -131,11 +139,11 @@ def _prepared(row: Row, build: Callable, note: Callable | None, device: str) -> 
 def _rounds(
     cases: dict[str, Case], rows: dict[str, Row], device: str, passes: int, budget: Budget
 ) -> Iterator[dict[str, float]]:
-    """Rounds of all cases that still work, while there is time for another as long as the last.
+    """A round of all cases that still work, and more while there is time for another as long as the last.
 
     A case that fails takes its figures with it, and the others go on.
     """
-    while cases and budget.left() > 0:
+    while cases:
         try:
             start = budget.spent()
             for seconds in rounds_of(cases, device, passes):

@@ -109,8 +109,12 @@ def test_the_budget_leaves_rows_out_and_cuts_rounds(bench):
     start = clock()
     rows = measured(35.0)
     assert [len(row.seconds) for row in rows] == [3] * 4 and clock() - start == 32.0
+    # With four comparisons to follow, a fifth is for this one, but all of its rows and one round are made.
     start = clock()
-    rows = measured(9.0)
+    rows = bench.gpu_rows.measure(comparison(bench, cases), "cpu", 9, Budget(35.0, clock), following=4)
+    assert [len(row.seconds) for row in rows] == [1] * 4 and clock() - start == 16.0
+    start = clock()
+    rows = measured(7.0)
     assert [row.status for row in rows] == ["measured"] * 2 + ["left out"] * 2 and clock() - start == 8.0
     assert rows[2].reason == "no time was left for this row"
     start = clock()
