@@ -29,7 +29,8 @@ class WholeSaves(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """
         Raises:
-            `InputError`: of this run nothing could be loaded: FSDP of version 1, or ZeRO-3 that may not gather a model.
+            `InputError`: of this run nothing could be loaded: FSDP of version 1, an adapter under FSDP's own activation
+                checkpointing, or ZeRO-3 that may not gather a model.
         """
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
@@ -37,6 +38,14 @@ class WholeSaves(Trainer):
                 "FSDP version 1: adapters read weights that it takes apart, and it is deprecated. Write fsdp_version: 2 in the "
                 "configuration of accelerate, or version: 2 in fsdp_config."
             )
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.activation_checkpointing:
+            if is_peft_model(self.model):
+                # It renames modules, by whose names PEFT looks for what is to be saved, and finds nothing.
+                raise InputError(
+                    "Activation checkpointing by FSDP: PEFT would save an adapter without a single tensor. Write "
+                    "fsdp_activation_checkpointing: false in the configuration of accelerate, and gradient_checkpointing: true "
+                    "in the recipe."
+                )
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
             if not is_peft_model(self.model) and zero.get("stage3_gather_16bit_weights_on_model_save") is False:

@@ -13,6 +13,7 @@ from hf_delta.checkpoint import STATE_FILE, load_state
 from tests.adapters.life import DORA, KINDS
 from tests.distributed import preference
 from tests.distributed.fsdp_on_cpu import FSDP2, fsdp_on_cpu
+from tests.distributed.matrix import CASES as MATRIX
 from tests.distributed.saving import CASES as SAVING
 from tests.distributed.sharded_adapters import left_whole, sharded_adapter
 from tests.distributed.through_vllm import CASES as VLLM
@@ -193,4 +194,5 @@ CASES = {
     "left_whole_dora": partial(left_whole, kind="dora"),
     **SAVING,
     **VLLM,
+    **MATRIX,
 }
