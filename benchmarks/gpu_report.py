@@ -8,6 +8,7 @@ from pathlib import Path
 SECTIONS = {"adapters": "Adapters", "token_kl": "Token KL", "grpo": "GRPO", "rollout": "Rollouts"}
 COLUMNS = ("", "peak, MiB", "peak / peer", "ms", "time / peer", "tokens/s", "")
 TIME, PEAK = "#0072B2", "#D55E00"
+TICKS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 10, 20, 50)
 
 
 def markdown(report: dict) -> str:
@@ -57,40 +58,56 @@ def draw(report: dict, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    compared = [row for row in report["rows"] if row["case"] != row["peer"]]
-    panels = [list(rows) for _, rows in groupby(compared, lambda row: row["section"])]
-    longest = max(map(len, panels), default=1)
-    figure, axes = plt.subplots(
-        1,
-        max(len(panels), 1),
-        figsize=(6.5 * max(len(panels), 1), 1.5 + 0.3 * longest),
-        layout="constrained",
-        squeeze=False,
-    )
+    sections = groupby(report["rows"], lambda row: row["section"])
+    panels = {section: _entries(list(rows)) for section, rows in sections}
+    longest = max(map(len, panels.values()))
+    size = (5.5 * len(panels), 1.5 + 0.22 * longest)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
     gpu = report["gpu"]
     figure.suptitle(gpu["name"] if gpu else report["warning"], color="black" if gpu else "red", weight="bold")
-    for panel, rows in zip(axes[0], panels):
-        _draw_section(panel, rows)
-    figure.savefig(path, dpi=130)
+    for panel, (section, entries) in zip(axes[0], panels.items()):
+        _draw_section(panel, entries)
+        panel.set_title(SECTIONS[section])
+        panel.set_ylim(longest - 0.5, -0.5)
+    marks = [figure.gca().plot([], [], shape, color=colour)[0] for shape, colour in (("o", TIME), ("D", PEAK))]
+    figure.legend(marks, ["time / peer", "peak memory / peer"], loc="outside lower center", ncols=2)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw_section(axes, rows: list[dict]) -> None:
-    for place, row in enumerate(rows):
+def _entries(rows: list[dict]) -> list[str | dict]:
+    """The lines of a panel: what is compared, and below it all but the peer, unless it is that which is not there."""
+    groups = groupby(rows, lambda row: (row["what"], row["peer"]))
+    return [
+        entry
+        for (what, peer), group in groups
+        for entry in (
+            f"{what}; peer: {peer}",
+            *(row for row in group if row["case"] != peer or row["status"] != "measured"),
+        )
+    ]
+
+
+def _draw_section(axes, entries: list[str | dict]) -> None:
+    places = {place: row for place, row in enumerate(entries) if isinstance(row, dict)}
+    inside = axes.get_yaxis_transform()
+    for place, what in enumerate(entries):
+        if place not in places:
+            axes.text(0.01, place, what, transform=inside, va="center", fontsize=6, style="italic")
+    for place, row in places.items():
         if time := row["time_ratio"]:
             axes.plot([time["q25"], time["q75"]], [place, place], color=TIME, linewidth=4, alpha=0.35)
             axes.plot(time["median"], place, "o", color=TIME)
         if row["peak_ratio"]:
             axes.plot(row["peak_ratio"], place, "D", color=PEAK, markersize=4)
         if row["status"] != "measured":
-            axes.text(
-                0.5, place, row["status"], transform=axes.get_yaxis_transform(), ha="center", va="center", color="grey"
-            )
-    axes.set_title(SECTIONS[rows[0]["section"]])
-    axes.set_yticks(range(len(rows)), [f"{row['case']}: {row['what'].split(',')[0]}" for row in rows], fontsize=7)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
+            axes.text(0.5, place, row["status"], transform=inside, ha="center", va="center", color="grey")
+    axes.set_yticks(list(places), [row["case"] for row in places.values()], fontsize=7)
+    found = [r for row in places.values() for r in (row["peak_ratio"], (row["time_ratio"] or {}).get("median")) if r]
+    low, high = min([0.8, *found]) / 1.2, max([1.25, *found]) * 1.2
     axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    ticks = [tick for tick in TICKS if low < tick < high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=7)
+    axes.minorticks_off()
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.plot([], [], "o", color=TIME, label="time / peer")
-    axes.plot([], [], "D", color=PEAK, markersize=4, label="peak memory / peer")
-    axes.legend(fontsize=8)

@@ -2,7 +2,7 @@
 
 import sys
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -80,17 +80,28 @@ def test_cuda_is_measured_with_events_after_a_warm_up(bench, monkeypatch):
     assert cuda.log == warm_up + peak + 4 * sample
 
 
-def test_steps_are_measured_in_the_trainer_and_not_around_it(bench, monkeypatch):
-    cuda = FakeCuda(monkeypatch)
-    callback = bench.gpu_grpo.StepSeconds("cuda")
-    for seconds in (9.0, 2.0):
-        cuda.clock.now += 50.0
-        callback.on_step_begin(None, None, None)
-        cuda.clock.now += seconds
-        callback.on_step_end(None, None, None)
-    assert callback.seconds == [9.0, 2.0]
-    case = bench.timing.Case(cuda.clock.takes(7.0), seconds=lambda: callback.seconds[1], cold=True)
-    assert next(bench.timing.rounds_of({"a": case}, "cuda")) == {"a": 2.0}
+def test_the_second_step_of_a_new_trainer_is_measured_and_nothing_around_it(bench, monkeypatch):
+    cuda, built = FakeCuda(monkeypatch), []
+
+    def trainer(setup, way, method, clock):
+        def train():
+            for seconds in (9.0, 2.0 + len(built)):
+                cuda.clock.now += 50.0
+                clock.on_step_begin(None, None, None)
+                cuda.clock.now += seconds
+                clock.on_step_end(None, None, None)
+
+        built.append((way, method))
+        return SimpleNamespace(train=train)
+
+    monkeypatch.setattr(bench.gpu_grpo, "_trainer", trainer)
+    setup = SimpleNamespace(device="cuda", scale=bench.gpu.QUICK)
+    lora, _ = bench.gpu_grpo.grpo(setup)
+    budget = bench.gpu_rows.Budget(1e9, cuda.clock)
+    lora.cases = {"TRL": lora.cases["TRL"]}
+    (row,) = bench.gpu_rows.measure(lora, "cuda", 1, budget)
+    # One for the peak, without a run before it, and two for the round.
+    assert built == 3 * [("TRL", "LoRA")] and row.seconds == [(4.0 + 5.0) / 2]
 
 
 class CudaOnCpu(TorchFunctionMode):
