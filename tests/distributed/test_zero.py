@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.distributed.launching import needs_deepspeed
-from tests.distributed.zero_cases import KINDS
+from tests.distributed.zero_cases import FULL, KINDS
 from tests.distributed.zero_checks import STAGES, assert_as_ddp, assert_same_learnt, assert_saved, assert_sharded
 from tests.rl.test_gdro import assert_same
 from tests.rl.test_trainer import assert_identical
@@ -31,7 +32,7 @@ def test_adapters_are_made_of_the_whole_weights(zero, kind, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, FULL])
 def test_sft_is_that_of_ddp(zero, kind, stage):
     case = f"sft_{kind}"
     expected = zero(case, 0)[0]
@@ -51,6 +52,14 @@ def test_what_was_saved_is_the_whole_adapter(zero, world, kind, stage):
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_a_model_without_an_adapter_is_saved_whole(zero, stage):
+    found = zero(f"sft_{FULL}", stage)[0]
+    assert_identical(
+        dict(AutoModelForCausalLM.from_pretrained(found["saved"]).named_parameters()), found["parameters"]
+    )
+
+
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_grpo_with_both_games_is_that_of_ddp(zero, kind, stage):
     case = f"grpo_{kind}"
@@ -63,12 +72,14 @@ def test_grpo_with_both_games_is_that_of_ddp(zero, kind, stage):
     assert_identical(ranks[0]["parameters"], ranks[1]["parameters"])
     assert_same(ranks[0]["learnt"], ranks[1]["learnt"])
     assert len({tuple(counts) for _, counts, _ in expected["plans"]}) > 1, "the allocation never changed"
+    assert expected["learnt"]["weights"]["total"].abs().max() > 0.1, "every prompt weighs the same"
+    start, moved = zero("constructed", 0)[0][kind]["parameters"], expected["parameters"]
+    assert max((moved[name] - start[name]).abs().max() for name in moved if "lora_A" not in name) > 5e-3
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("kind", ["pmss", "edora"])
-def test_grpo_with_both_games_resumes_bit_for_bit(zero, world, kind, stage):
-    ranks = zero(f"resumed_{kind}", stage)
+def test_grpo_with_both_games_resumes_bit_for_bit(zero, world, stage):
+    ranks = zero("resumed", stage)
     for rank in ranks:
         assert_sharded(rank, stage)
         straight, resumed = rank["plans"]
@@ -78,12 +89,33 @@ def test_grpo_with_both_games_resumes_bit_for_bit(zero, world, kind, stage):
         assert_same(*rank["kept"])
     assert ranks[0]["plans"] == ranks[1]["plans"]
     assert_same(ranks[0]["here"], ranks[1]["here"])
-    assert_saved(world, ranks[0]["saved"], ranks[0]["parameters"][1], zero(f"resumed_{kind}", 0)[0]["saved"])
+    assert_saved(world, ranks[0]["saved"], ranks[0]["parameters"][1], zero("resumed", 0)[0]["saved"])
 
 
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("kind", ["pmss", "edora"])
-def test_sampling_and_adamw_under_zero_2_are_those_of_ddp(zero, kind):
-    for rank, expected in zip(zero(f"resumed_{kind}", 2), zero(f"resumed_{kind}", 0)):
+def test_a_reference_adapter_is_that_of_ddp(zero, kind, stage):
+    """Made by TRL of an adapter that is on a base in shards; the Kullback-Leibler divergence to it counts."""
+    expected, ranks = zero(f"reference_{kind}", 0)[0], zero(f"reference_{kind}", stage)
+    assert expected["adapters"] == ["default", "ref"] and len(expected["kl"]) == 3 and expected["kl"][-1] > 0
+    for rank in ranks:
+        assert_sharded(rank, stage)
+        assert rank["adapters"] == expected["adapters"]
+        assert_as_ddp(rank["parameters"], expected["parameters"], stage)
+        assert rank["kl"] == pytest.approx(
+            expected["kl"], rel=0 if stage == 2 else 1e-3, abs=0 if stage == 2 else 1e-8
+        )
+
+
+@pytest.mark.parametrize("stage", (0, *STAGES))
+@pytest.mark.parametrize("kind", ["bone", "edora"])
+def test_an_adapter_that_is_not_a_number_is_refused(zero, kind, stage):
+    for rank in zero(f"broken_{kind}", stage):
+        assert "weight holds NaN or infinite values" in rank["said"]
+
+
+def test_sampling_and_adamw_under_zero_2_are_those_of_ddp(zero):
+    for rank, expected in zip(zero("resumed", 2), zero("resumed", 0)):
         assert_identical(rank["parameters"][1], expected["parameters"][1])
         assert rank["plans"] == expected["plans"]
         assert_same(rank["here"], expected["here"])

@@ -12,15 +12,17 @@ from unittest.mock import patch
 import torch
 from accelerate import PartialState
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_delta import DeltaGRPOConfig
+from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer, InputError
 from hf_delta import train as training
 from hf_delta.adapters.dora import fast_dora
 from hf_delta.checkpoint import STATE_FILE, load_state
 from hf_delta.recipe import load_recipe
+from tests.adapters.life import perturb
 from tests.distributed.cases import KEPT, build
 from tests.distributed.through_vllm import FAST_DORA, peft_config_of
+from tests.rl.frozen import dataset, frozen_reward, frozen_rollouts
 from tests.rl.gdro import binary_reward, frozen_groups
 from tests.rl.test_gdro import LEARNING, PlanRecorder
 from tests.rl.test_resume import StopAt
@@ -28,8 +30,16 @@ from tests.rl.test_trainer import config
 from tests.running import CPU, write
 
 
-KINDS = ["lora", FAST_DORA, "bone", "bat_row", "bat_col", "pmss", "edora"]
-SGD = {"optim": "sgd", "learning_rate": 0.5, "max_steps": 3}
+KINDS = ["lora", FAST_DORA, "bone", "bat_row", "pmss", "edora"]
+SGD = {"optim": "sgd", "max_steps": 3, "max_grad_norm": 0.0}
+# PMSS changes a weight by products of three matrices of which two are small.
+RATES = {"pmss": 20.0}
+# Of SFT only, without an adapter.
+FULL = "full"
+
+
+def sgd(kind):
+    return {**SGD, "learning_rate": RATES.get(kind, 0.5)}
 
 
 # -- what was trained, and whether it was sharded -------------------------------------------------------------------
@@ -86,8 +96,10 @@ def sft(world, folder, stage, kind):
         "train_file": str(data),
         "output_dir": str(folder / "out"),
     }
-    values |= {**CPU, "use_cpu": stage == 0, **SGD, "per_device_train_batch_size": 4, "logging_steps": 1}
-    values |= {"save_strategy": "steps", "save_steps": 2, "peft_config": recipe_of(kind)}
+    values |= {**CPU, "use_cpu": stage == 0, **sgd(kind), "per_device_train_batch_size": 4, "logging_steps": 1}
+    # As TRL has it by default: what a layer reads has to be gathered in the backward pass too.
+    values["gradient_checkpointing"] = True
+    values |= {"save_strategy": "steps", "save_steps": 2, **({} if kind == FULL else {"peft_config": recipe_of(kind)})}
     mine = folder / str(PartialState().process_index)
     mine.mkdir()
     # The launch goes on after this run: its process group stays.
@@ -101,7 +113,6 @@ def recipe_of(kind):
     method, changes = {
         FAST_DORA: ("lora", {"use_dora": True}),
         "bat_row": ("bone", {"mode": "bat_row"}),
-        "bat_col": ("bone", {"mode": "bat_col"}),
     }.get(kind, (kind, {}))
     return {"method": method, "r": 8, "target_modules": "all-linear", **changes}
 
@@ -110,8 +121,10 @@ def grpo(world, folder, stage, kind):
     """Delta-L, weights of Prompt-GDRO and budgets of Rollout-GDRO at once: rollouts that are a function of the prompt."""
     # Each process draws other numbers for the start of an adapter, of which one start must become.
     torch.manual_seed(PartialState().process_index)
-    settings = {**LEARNING, **SGD, "save_strategy": "no", "use_cpu": stage == 0, "reward": binary_reward}
+    settings = {**LEARNING, **sgd(kind), "save_strategy": "no", "use_cpu": stage == 0, "reward": binary_reward}
     settings |= {"per_device_train_batch_size": 16, "steps_per_generation": 1, "num_iterations": 1}
+    # The loss of rollouts of the present policy is 0, and weights by it would all be 1.
+    settings |= {"prompt_weighting_kwargs": {"signal": "failure", "eta": 2.0}}
     plans = PlanRecorder()
     with fast_dora() if kind == FAST_DORA else nullcontext():
         trainer = plans.of(
@@ -119,6 +132,45 @@ def grpo(world, folder, stage, kind):
         )
         trainer.train()
     return {"sharding": sharding(trainer), "parameters": trained(trainer), **learnt(trainer), "plans": plans.counts}
+
+
+def reference(world, folder, stage, kind):
+    """An adapter that is in the model already, of which TRL makes a second one as the reference."""
+    model = perturb(get_peft_model(AutoModelForCausalLM.from_pretrained(world), peft_config_of(kind)))
+    settings = {
+        **sgd(kind),
+        "beta": 0.3,
+        "use_cpu": stage == 0,
+        "per_device_train_batch_size": 16,
+        "num_iterations": 1,
+    }
+    args, tokenizer = config(folder, **settings), AutoTokenizer.from_pretrained(world)
+    kwargs = {"processing_class": tokenizer, "rollout_func": frozen_rollouts}
+    trainer = DeltaGRPOTrainer(model, frozen_reward, args, dataset(), **kwargs)
+    KEPT.append(trainer)
+    trainer.train()
+    names = set(trainer.model.peft_config)
+    model = {n: p for n, p in trainer.model.named_parameters() if any(f".{name}." in n for name in names)}
+    return {
+        "sharding": sharding(trainer),
+        "adapters": sorted(names),
+        "parameters": whole(model),
+        "kl": [row["kl"] for row in trainer.state.log_history if "kl" in row],
+    }
+
+
+def broken(world, folder, stage, kind):
+    """What a forward says of an adapter with a value that is not a number."""
+    settings = {**LEARNING, **sgd(kind), "save_strategy": "no", "use_cpu": stage == 0, "reward": binary_reward}
+    settings |= {"per_device_train_batch_size": 16, "steps_per_generation": 1, "num_iterations": 1}
+    trainer = build(world, folder, rollout_func=frozen_groups, peft_config=peft_config_of(kind), **settings)
+    with torch.no_grad():
+        next(p for p in trainer.model.parameters() if p.requires_grad).fill_(float("nan"))
+    try:
+        trainer.train()
+    except InputError as error:
+        return {"said": str(error), "sharding": sharding(trainer)}
+    return {"said": None}
 
 
 def learnt(trainer):
@@ -182,8 +234,10 @@ def made(world, kind):
 
 CASES = {
     "constructed": constructed,
-    **{f"sft_{kind}": partial(sft, kind=kind) for kind in KINDS},
+    **{f"sft_{kind}": partial(sft, kind=kind) for kind in [*KINDS, FULL]},
     **{f"grpo_{kind}": partial(grpo, kind=kind) for kind in KINDS},
-    "resumed_pmss": partial(resumed, kind="pmss"),
-    "resumed_edora": partial(resumed, kind="edora"),
+    **{f"reference_{kind}": partial(reference, kind=kind) for kind in ("pmss", "edora")},
+    "resumed": partial(resumed, kind="edora"),
+    # Last, because an error in the middle of a step leaves an engine there.
+    **{f"broken_{kind}": partial(broken, kind=kind) for kind in ("bone", "edora")},
 }

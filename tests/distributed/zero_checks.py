@@ -27,7 +27,7 @@ def assert_as_ddp(found, expected, stage):
     size = max(value.abs().max().item() for value in expected.values())
     for name, value in expected.items():
         torch.testing.assert_close(
-            found[name], value, rtol=0, atol=1e-6 * min(size, 1.0), msg=lambda m, n=name: f"{n}: {m}"
+            found[name], value, rtol=0, atol=min(1e-6, 1e-5 * size), msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
