@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -60,7 +61,20 @@ class ResumableDPO(Resumable, TokenExamples):
                 "start a new run in another output_dir."
             )
         if self.mask_network is not None:
-            self.mask_network.load_mask_state(_masks(checkpoint / MASK_FILE))
+            self._load_masks(checkpoint / MASK_FILE)
+
+    def _load_masks(self, path: Path) -> None:
+        saved = _masks(path)
+        if not self.is_deepspeed_enabled:
+            self.mask_network.load_mask_state(saved)
+            return
+        # DeepSpeed trains copies of its own, and has put them and these parameters back when it loaded its checkpoint.
+        found = self.mask_network.mask_state()
+        if found.keys() != saved.keys() or not all(torch.equal(found[name], saved[name]) for name in saved):
+            raise InputError(
+                f"{path} and the mask network that DeepSpeed has restored differ: files of {path.parent} are damaged or of "
+                "another run. Resume from an earlier checkpoint."
+            )
 
     def load_extra_state(self, checkpoint: Path) -> None:
         self.resumed_step = steps_of(checkpoint)
