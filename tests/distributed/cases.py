@@ -14,6 +14,7 @@ from tests.adapters.life import DORA, KINDS
 from tests.distributed import preference
 from tests.distributed.fsdp_on_cpu import FSDP2, fsdp_on_cpu
 from tests.distributed.matrix import CASES as MATRIX
+from tests.distributed.preference_sharded import FAST as PREFERENCE_SHARDED
 from tests.distributed.saving import CASES as SAVING
 from tests.distributed.sharded_adapters import left_whole, sharded_adapter
 from tests.distributed.through_vllm import CASES as VLLM
@@ -189,6 +190,7 @@ CASES = {
     "dpo_evaluated": preference.evaluated,
     "dpo_features_off": preference.features_off,
     "dpo_resume": preference.resumed,
+    **PREFERENCE_SHARDED,
     **{f"fully_shard_{kind}": partial(sharded_adapter, kind=kind) for kind in [*KINDS, *DORA]},
     "left_whole_bone": partial(left_whole, kind="bone"),
     "left_whole_dora": partial(left_whole, kind="dora"),
