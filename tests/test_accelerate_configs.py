@@ -13,12 +13,13 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
-from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch.distributed.fsdp import CPUOffloadPolicy, StateDictType
 from transformers.integrations.deepspeed import propagate_args_to_deepspeed
 from trl import SFTConfig
 
+from hf_delta.run.processes import parallelism
 from tests.adapters.life import adapted
 from tests.running import keys, write
 
@@ -155,6 +156,21 @@ def test_deepspeed_is_what_each_process_builds_of_it(started, monkeypatch, tmp_p
     assert zero["offload_optimizer"]["device"] == zero["offload_param"]["device"] == "none"
 
 
+@pytest.mark.parametrize(
+    "kind, count, expected",
+    [
+        (DistributedType.NO, 1, "one process"),
+        (DistributedType.MULTI_GPU, 8, "data parallel, 8 processes"),
+        (DistributedType.FSDP, 8, "FSDP2, 8 processes"),
+        (DistributedType.DEEPSPEED, 8, "ZeRO-3, 8 processes"),
+    ],
+)
+def test_a_run_says_how_it_is_spread(kind, count, expected):
+    plugins = {"fsdp_plugin": SimpleNamespace(fsdp_version=2), "deepspeed_plugin": SimpleNamespace(zero_stage=3)}
+    accelerator = SimpleNamespace(state=SimpleNamespace(distributed_type=kind, **plugins), num_processes=count)
+    assert parallelism(accelerator) == expected
+
+
 @pytest.mark.slow
 def test_cpu_starts_two_processes_that_train_one_model(tmp_path, playground):
     script = tmp_path / "spy.py"
@@ -192,3 +208,59 @@ def test_cpu_starts_two_processes_that_train_one_model(tmp_path, playground):
         command, timeout=600, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert again.returncode != 0 and again.stderr.count("holds another run") == 1
+
+
+@pytest.fixture(scope="module")
+def two_runs(playground, tmp_path_factory):
+    """`(configuration, *flags) -> (output directory, what was said)` of one recipe, in two processes on a CPU."""
+    folder = tmp_path_factory.mktemp("two_runs")
+    script = folder / "main.py"
+    script.write_text(
+        "import sys, torch, transformers\n"
+        "from tests.distributed.fsdp_on_cpu import fsdp_on_cpu\n"
+        "class Spy(transformers.TrainerCallback):\n"
+        "    def on_train_end(self, args, state, control, model=None, **kwargs):\n"
+        "        kinds = {type(parameter).__name__ for parameter in model.parameters()}\n"
+        "        open(f'{args.output_dir}/kinds_{args.process_index}', 'w').write(' '.join(kinds))\n"
+        "from hf_delta import DeltaSFTTrainer\n"
+        "init = DeltaSFTTrainer.__init__\n"
+        "def spied(self, *a, **k):\n"
+        "    init(self, *a, **k)\n"
+        "    self.add_callback(Spy())\n"
+        "DeltaSFTTrainer.__init__ = spied\n"
+        "from hf_delta.train import main\n"
+        "with fsdp_on_cpu():\n"
+        "    sys.exit(main())\n"
+    )
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 3, "learning_rate": 1e-3}
+    adapter = {"method": "pmss", "r": 4, "target_modules": "all-linear"}
+    recipe = write(folder, keys("sft", playground, folder, peft_config=adapter, **saving))
+    cpu = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_TORCH_DEVICE": "cpu", "OMP_NUM_THREADS": "1"}
+    source = str(CONFIGS.parent)
+    cpu["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [os.environ.get("PYTHONPATH")])])
+
+    def run(name, *flags):
+        out = folder / "_".join([name, *flags[1:]])
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / f"{name}.yaml")]
+        launch += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", *flags]
+        command = [*launch, str(script), str(recipe), "--output_dir", str(out)]
+        found = subprocess.run(command, timeout=600, capture_output=True, text=True, env={**os.environ, **cpu})
+        assert found.returncode == 0, found.stderr[-3000:]
+        return out, found.stderr
+
+    return run
+
+
+@pytest.mark.slow
+def test_fsdp2_trains_and_saves_what_data_parallel_does(two_runs):
+    """The file as it is, but for the number of processes and the precision; PMSS, whose buffers each process derives."""
+    expected, said = two_runs("cpu")
+    assert "(data parallel, 2 processes)" in said
+    assert (expected / "kinds_0").read_text() == "Parameter"
+    for kind in ("FULL_STATE_DICT", "SHARDED_STATE_DICT"):
+        out, said = two_runs("fsdp2", "--fsdp_state_dict_type", kind)
+        assert "(FSDP2, 2 processes)" in said
+        assert [(out / f"kinds_{rank}").read_text() for rank in (0, 1)] == ["DTensor"] * 2
+        assert (out / "checkpoint-2" / "pytorch_model_fsdp_0").exists() == (kind == "SHARDED_STATE_DICT")
+        for file in ("checkpoint-2/adapter_model.safetensors", "adapter_model.safetensors"):
+            assert (out / file).read_bytes() == (expected / file).read_bytes(), (kind, file)

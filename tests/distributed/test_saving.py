@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from hf_delta import DeltaSFTTrainer, InputError
 from hf_delta._compat.whole_saves import adapter_state_dict
+from hf_delta.checkpoint import written_under
 from tests.distributed.saving import IDS, SAVED_AT, STEPS, build, files
 from tests.rl.test_trainer import assert_identical
 
@@ -77,6 +78,39 @@ def test_trl_alone_trains_the_same_and_saves_no_adapter(two_processes):
     for ours, theirs in zip(two_processes("saved_sft_lora"), two_processes("saved_by_trl"), strict=True):
         assert_identical(ours["parameters"], theirs["parameters"])
         assert theirs["last"]["weights"] == {} and theirs["final"] is None
+
+
+SPREADS = {"saved_sft_lora": "FSDP with SHARDED_STATE_DICT", "saved_as_full": "FSDP with FULL_STATE_DICT"}
+
+
+@pytest.mark.parametrize("case", SPREADS)
+def test_a_run_that_is_spread_otherwise_does_not_resume(two_processes, world, tmp_path, case):
+    checkpoint = str(Path(two_processes(case)[0]["folder"]) / "run" / f"checkpoint-{SAVED_AT}")
+    trainer = build(DeltaSFTTrainer, world, tmp_path, "lora")
+    with pytest.raises(InputError, match=f"was written under {SPREADS[case]}, and this run has no sharding"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    plugin = SimpleNamespace(state_dict_type=SimpleNamespace(name="FULL_STATE_DICT"))
+    trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin), num_processes=2)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(InputError, match="SHARDED") if case == "saved_sft_lora" else pytest.raises(AttributeError):
+        # What is of the same kind goes on, here without an Accelerator to go on with.
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize(
+    "names, expected",
+    [
+        (["optimizer.pt", "adapter_model.safetensors"], "no sharding"),
+        (["global_step4", "latest"], "DeepSpeed"),
+        (["model.safetensors"], None),
+        (["pytorch_model_fsdp_0", "optimizer_0"], "FSDP with SHARDED_STATE_DICT"),
+        (["pytorch_model_fsdp.bin", "optimizer.bin"], "FSDP with FULL_STATE_DICT"),
+    ],
+)
+def test_a_checkpoint_tells_how_its_run_was_spread(tmp_path, names, expected):
+    for name in names:
+        (tmp_path / name).touch()
+    assert written_under(tmp_path) == expected
 
 
 def test_fsdp1_is_refused_in_one_line(two_processes):
