@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast
 from packaging.specifiers import SpecifierSet
 from torch import nn
 
@@ -111,7 +112,8 @@ class SavedBuffers(BufferDict):
 
     For `fsdp_cpu_ram_efficient_loading` it sends a model with its buffers to the meta device, shards it there, and takes
     every entry of its state for a parameter that was sharded. Values are put aside on the way, and are no part of the
-    state until they are back.
+    state until they are back; collective, because they come from the first process, as those of parameters do: up to
+    version 5.17 at least, transformers loads zeros in the others, from which nothing can be derived.
     """
 
     def __init__(self):
@@ -136,7 +138,7 @@ class SavedBuffers(BufferDict):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
         for name, value in self.aside.items():
             if prefix + name not in state_dict:
-                state_dict[prefix + name] = value.to(PartialState().device)
+                state_dict[prefix + name] = broadcast(value.to(PartialState().device))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         self.aside = {name: value for name, value in self.aside.items() if self[name].is_meta}
 

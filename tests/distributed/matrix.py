@@ -6,15 +6,20 @@ SFT is TRL's own trainer, as `hf_delta.train` uses it. GRPO is Delta-L with both
 import os
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from unittest.mock import patch
 from zlib import crc32
 
 import torch
 import trl
+from accelerate import PartialState
 from datasets import Dataset
 from peft import LoraConfig
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl.trainer import sft_trainer
+from trl.trainer.sft_trainer import create_model_from_path
 
 from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer, InputError
 from hf_delta.adapters.dora import fast_dora
@@ -186,11 +191,13 @@ def logits(model):
 
 
 # -- cases ----------------------------------------------------------------------------------------------------------
-def run(world, folder, task, kind, sharded=False, fsdp=None, **changes):
+def run(world, folder, task, kind, sharded=False, fsdp=None, adapter=None, **changes):
     """One run from an adapter that is not at its start, where some gradients are zero."""
     gradients, plans = Gradients(), PlanRecorder()
     with launched_with(sharded, kind, **(fsdp or {})) as settings:
-        trainer = build(world, folder, task, peft_config(kind), callbacks=[gradients], **settings, **changes)
+        trainer = build(
+            world, folder, task, peft_config(kind, **(adapter or {})), callbacks=[gradients], **settings, **changes
+        )
         if kind != FULL:
             perturb(trainer.model)
         if task == "grpo":
@@ -205,13 +212,40 @@ def run(world, folder, task, kind, sharded=False, fsdp=None, **changes):
         }
 
 
-def cell(world, folder, task, kind):
+def cell(world, folder, task, kind, **changes):
     """The same run under DDP and under FSDP2."""
-    changes = WITH_KL if task == "grpo" and kind in KINDS_WITH_KL else {}
+    changes |= WITH_KL if task == "grpo" and kind in KINDS_WITH_KL else {}
     return {
         way: run(world, folder / way, task, kind, sharded=way == "fsdp2", fsdp=RAM_EFFICIENT, **changes)
         for way in ("ddp", "fsdp2")
     }
+
+
+def trained_head(world, folder, task, kind):
+    """The same with a head that is trained whole beside the adapter, and whose weight is not that of the embedding."""
+    with PartialState().main_process_first():
+        if not (folder / "world").exists():
+            model = AutoModelForCausalLM.from_pretrained(world)
+            model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * 1.3)
+            model.config.tie_word_embeddings = False
+            model.save_pretrained(folder / "world")
+            AutoTokenizer.from_pretrained(world).save_pretrained(folder / "world")
+    return cell(str(folder / "world"), folder, task, kind, adapter={"modules_to_save": ["lm_head"]})
+
+
+def read_by_one(world, folder, kind):
+    """FSDP2 where, as with older versions of transformers, all weights of the second process are zeros until it is sharded."""
+
+    def load(*args, **kwargs):
+        model = create_model_from_path(*args, **kwargs)
+        with torch.no_grad():
+            for parameter in model.parameters() if PartialState().process_index else ():
+                parameter.zero_()
+        return model
+
+    with patch.object(sft_trainer, "create_model_from_path", load):
+        one = run(world, folder / "one", "sft", kind, sharded=True, fsdp=RAM_EFFICIENT)
+    return {"one": one, "all": run(world, folder / "all", "sft", kind, sharded=True, fsdp=RAM_EFFICIENT)}
 
 
 def spread(task, processes):
@@ -283,10 +317,18 @@ def resumed(world, folder, task, kind, **fsdp):
 
 FAST = ["sft_full", "sft_bone", "sft_pmss", "grpo_fast_dora", "grpo_bone", "grpo_bat_row", "grpo_edora"]
 TABLE = {f"{task}_{kind}": partial(cell, task=task, kind=kind) for kind in ADAPTERS for task in BUILD}
+# What of their weights is kept outside of parameters.
+READ_WEIGHTS = ["pmss", "edora"]
+HEADS = {
+    "sft_lora_head": partial(trained_head, task="sft", kind="lora"),
+    "grpo_bone_head": partial(trained_head, task="grpo", kind="bone"),
+}
 SPREAD = {"sft": "edora", "grpo": "bone"}
 CASES = {
     **{name: TABLE[name] for name in FAST},
     **{f"spread_{task}": partial(spread_over_two, task=task, kind=kind) for task, kind in SPREAD.items()},
+    **HEADS,
+    **{f"read_by_one_{kind}": partial(read_by_one, kind=kind) for kind in READ_WEIGHTS},
     "resume_grpo_pmss": partial(resumed, task="grpo", kind="pmss", **RAM_EFFICIENT),
     "checkpointed_by_fsdp": checkpointed_by_fsdp,
 }

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.adapters.life import IDS
 from tests.distributed.launching import launched
-from tests.distributed.matrix import CASES, FAST, SLOW, SPREAD, run, spread
+from tests.distributed.matrix import CASES, FAST, HEADS, READ_WEIGHTS, SLOW, SPREAD, run, spread
 from tests.rl.test_gdro import assert_same
 from tests.rl.test_trainer import assert_identical
 
@@ -30,7 +30,7 @@ def ranks_of(request):
     return lambda case: request.getfixturevalue("slow_half" if case in SLOW else "two_processes")(case)
 
 
-@pytest.mark.parametrize("case", marked([*FAST, *(name for name in SLOW if not name.startswith("resume"))]))
+@pytest.mark.parametrize("case", marked([*FAST, *HEADS, *(name for name in SLOW if not name.startswith("resume"))]))
 def test_fsdp2_is_ddp_bit_for_bit(ranks_of, case):
     """Gradients of every step, what SGD makes of them, and with GRPO the rollouts' prompts, their budgets and weights."""
     ranks = ranks_of(case)
@@ -104,6 +104,15 @@ def test_the_adapter_of_a_sharded_checkpoint_is_the_trained_one(ranks_of, world,
             found = PeftModel.from_pretrained(base, rank["checkpoint"]).eval()(input_ids=IDS).logits
         torch.testing.assert_close(found, rank["logits"], rtol=0, atol=1e-5)
         assert (found - untrained).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", READ_WEIGHTS)
+def test_what_is_derived_from_weights_comes_from_the_process_that_has_them(two_processes, kind):
+    for rank in two_processes(f"read_by_one_{kind}"):
+        assert rank["one"]["mode"] == rank["all"]["mode"] == "fsdp2"
+        for one, other in zip(rank["one"]["gradients"], rank["all"]["gradients"], strict=True):
+            assert_identical(one, other)
+        assert_identical(rank["one"]["parameters"], rank["all"]["parameters"])
 
 
 def test_activation_checkpointing_of_fsdp_is_refused_with_an_adapter(two_processes):
