@@ -1,10 +1,30 @@
 """What FSDP2 does to a trained head, which TRL's fused head reads and nobody calls, and to what a model gives."""
 
+from collections import Counter
 from dataclasses import replace
 
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
+from peft.utils.other import ModulesToSaveWrapper
 from torch.distributed.fsdp import FSDPModule
+
+from hf_delta.errors import InputError
+
+
+def check_trained_whole(model: torch.nn.Module) -> None:
+    """
+    Raises:
+        `InputError`: a module that is trained whole beside an adapter is tied to another one, so that Accelerate would put one
+            weight into two units of FSDP2.
+    """
+    holders = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            if any(holders[id(parameter)] > 1 for parameter in module.original_module.parameters()):
+                raise InputError(
+                    f"modules_to_save: {name.rpartition('.')[-1]} is tied to another module, in which case FSDP2 cannot shard "
+                    "its original. Leave it out of modules_to_save, or take data parallel or DeepSpeed instead of FSDP."
+                )
 
 
 def unshard_trained_head(model: torch.nn.Module) -> None:

@@ -5,6 +5,7 @@ from accelerate.utils import is_peft_model
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import Trainer
 
+from hf_delta._compat.fsdp import check_trained_whole
 from hf_delta.errors import InputError
 from hf_delta.ops.gather import full_tensor
 
@@ -30,7 +31,7 @@ class WholeSaves(Trainer):
         """
         Raises:
             `InputError`: of this run nothing could be loaded: FSDP of version 1, an adapter under FSDP's own activation
-                checkpointing, or ZeRO-3 that may not gather a model.
+                checkpointing, or ZeRO-3 that may not gather a model; or FSDP could not shard it, see [`check_trained_whole`].
         """
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
@@ -38,8 +39,9 @@ class WholeSaves(Trainer):
                 "FSDP version 1: adapters read weights that it takes apart, and it is deprecated. Write fsdp_version: 2 in the "
                 "configuration of accelerate, or version: 2 in fsdp_config."
             )
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.activation_checkpointing:
-            if is_peft_model(self.model):
+        if self.is_fsdp_enabled and is_peft_model(self.model):
+            check_trained_whole(self.model)
+            if self.accelerator.state.fsdp_plugin.activation_checkpointing:
                 # It renames modules, by whose names PEFT looks for what is to be saved, and finds nothing.
                 raise InputError(
                     "Activation checkpointing by FSDP: PEFT would save an adapter without a single tensor. Write "

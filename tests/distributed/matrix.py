@@ -260,16 +260,22 @@ def spread_over_two(world, folder, task, kind):
     return run(world, folder, task, kind, **spread(task, 2))
 
 
-def checkpointed_by_fsdp(world, folder):
-    """What a trainer says to activation checkpointing of FSDP's own, with an adapter and without."""
+def refused(world, folder):
+    """What trainers say to FSDP2 with activation checkpointing of its own, and with a tied head that is trained; "" is nothing."""
     said = {}
-    for kind in ("lora", FULL):
-        with launched_with(True, kind, activation_checkpointing=True) as settings:
+    for name, kind, fsdp, adapter in (
+        ("checkpointing", "lora", {"activation_checkpointing": True}, {}),
+        ("checkpointing of a model", FULL, {"activation_checkpointing": True}, {}),
+        ("head", "lora", {}, {"modules_to_save": ["lm_head"]}),
+        ("embedding", "bone", RAM_EFFICIENT, {"modules_to_save": ["embed_tokens"]}),
+        ("norms", "bone", RAM_EFFICIENT, {"modules_to_save": ["norm"]}),
+    ):
+        with launched_with(True, kind, **fsdp) as settings:
             try:
-                build(world, folder / kind, "sft", peft_config(kind), **settings)
-                said[kind] = ""
+                build(world, folder / name, "sft", peft_config(kind, **adapter), **settings)
+                said[name] = ""
             except InputError as error:
-                said[kind] = str(error)
+                said[name] = str(error)
     return {"said": said}
 
 
@@ -330,7 +336,7 @@ CASES = {
     **HEADS,
     **{f"read_by_one_{kind}": partial(read_by_one, kind=kind) for kind in READ_WEIGHTS},
     "resume_grpo_pmss": partial(resumed, task="grpo", kind="pmss", **RAM_EFFICIENT),
-    "checkpointed_by_fsdp": checkpointed_by_fsdp,
+    "refused_by_fsdp2": refused,
 }
 # In a launch of their own.
 SLOW = {
