@@ -115,19 +115,21 @@ def is_sharded(trainer):
     )
 
 
+def untied_world(world, folder):
+    """Where the same model is with a head of its own."""
+    path, state = folder / "untied", PartialState()
+    if state.is_main_process and not path.exists():
+        with not_partitioned():
+            torch.manual_seed(3)
+            AutoModelForCausalLM.from_pretrained(world, tie_word_embeddings=False).save_pretrained(path)
+            AutoTokenizer.from_pretrained(world).save_pretrained(path)
+    state.wait_for_everyone()
+    return str(path)
+
+
 def model_of(world, folder, untied=False, trained=False):
-    """A model; `untied` on disk as well, where a reference is read from."""
-    path = world
-    if untied:
-        path = folder / "untied"
-        state = PartialState()
-        if state.is_main_process and not path.exists():
-            with not_partitioned():
-                torch.manual_seed(3)
-                AutoModelForCausalLM.from_pretrained(world, tie_word_embeddings=False).save_pretrained(path)
-                AutoTokenizer.from_pretrained(world).save_pretrained(path)
-        state.wait_for_everyone()
-    model = AutoModelForCausalLM.from_pretrained(path)
+    # A reference is read from where the policy was.
+    model = AutoModelForCausalLM.from_pretrained(untied_world(world, folder) if untied else world)
     if trained:
         torch.manual_seed(4)
         model = get_peft_model(model, lora(init_lora_weights=False))
@@ -230,7 +232,14 @@ def started(world, folder, kind="ddp", config=None):
         settings = {**SGD, **SPARSE, "learning_rate": 0.0, "max_steps": 1, "per_device_train_batch_size": 4, **sharded}
         trainer = build(world, folder, **settings)
         trainer.train()
-        return {"drawn": drawn[0], "masks": found_in(trainer)["masks"]}
+        masks = found_in(trainer)["masks"]
+        if kind == "zero":
+            return {"drawn": drawn[0], "masks": masks}
+        # The examples of token weights were a forward without a backward, after which FSDP2 leaves the root whole.
+        whole = not any(isinstance(p, DTensor) for p in trainer.mask_network.parameters())
+        trainer.mask_network.load_mask_state({name: 2 * value for name, value in masks.items()})
+        trainer.model.state_dict()
+        return {"drawn": drawn[0], "masks": masks, "whole": whole, "loaded": found_in(trainer)["masks"]}
 
 
 def evaluated(world, folder, kind="ddp", config=None, **changes):

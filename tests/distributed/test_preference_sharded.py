@@ -77,6 +77,14 @@ def test_the_gradient_of_a_trained_head_is_that_of_all_processes(two_processes):
     assert_as_ddp(ranks, alone)
 
 
+def test_the_gradient_of_a_trained_head_is_that_of_all_processes_under_grpo(two_processes):
+    alone = two_processes("head")[0]["gradient"]
+    assert alone["base_model.model.lm_head.modules_to_save.default.weight"].abs().max() > 1e-3
+    for rank in two_processes("head_fsdp2"):
+        assert rank["sharded"]
+        assert_near(rank["gradient"], alone)
+
+
 def assert_as_ddp_in_bfloat16(ranks, alone):
     """The policy starts as its reference, and its log-probabilities are not rounded: steps of 1/64 would be 2e-3 of the loss."""
     for rank in ranks:
@@ -101,7 +109,12 @@ def assert_first_started(ranks):
 
 
 def test_the_mask_network_is_that_of_the_first_process(two_processes):
-    assert_first_started(two_processes("dpo_started_fsdp2"))
+    ranks = two_processes("dpo_started_fsdp2")
+    assert_first_started(ranks)
+    for rank in ranks:
+        # Into shards, and not into what FSDP2 had gathered of them.
+        assert rank["whole"]
+        assert_identical(rank["loaded"], {name: 2 * value for name, value in rank["masks"].items()})
 
 
 def test_fsdp2_resumes_bit_for_bit_from_shards(two_processes):
