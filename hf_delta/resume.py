@@ -32,7 +32,8 @@ class Resumable(Trainer):
         if self.is_fsdp_enabled:
             here = f"FSDP with {self.accelerator.state.fsdp_plugin.state_dict_type.name}"
         elif self.is_deepspeed_enabled:
-            here = "DeepSpeed"
+            partitions = self.accelerator.state.deepspeed_plugin.zero_stage == 3
+            here = "DeepSpeed ZeRO-3" if partitions else "DeepSpeed with whole weights"
         if there not in (None, here):
             raise InputError(
                 f"{checkpoint} was written under {there}, and this run has {here}. Resume with the configuration of accelerate "

@@ -50,7 +50,7 @@ class WholeSaves(Trainer):
                 )
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
-            if not is_peft_model(self.model) and zero.get("stage3_gather_16bit_weights_on_model_save") is False:
+            if not is_peft_model(self.model) and not zero.get("stage3_gather_16bit_weights_on_model_save"):
                 raise InputError(
                     "ZeRO-3 would save shards instead of a model. Write zero3_save_16bit_model: true in the configuration of "
                     "accelerate, or stage3_gather_16bit_weights_on_model_save: true in that of DeepSpeed."

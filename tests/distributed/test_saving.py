@@ -8,6 +8,7 @@ import pytest
 import torch
 import trl
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_delta import DeltaSFTTrainer, InputError
@@ -42,7 +43,10 @@ def test_sharded_checkpoints_and_final_saves_hold_the_adapter(two_processes, wor
             assert {"adapter_config.json", "adapter_model.safetensors"} <= set(rank[where]["names"])
     folder, rank = Path(ranks[0]["folder"]), ranks[0]
     for saved in (folder / "run" / f"checkpoint-{STEPS}", folder / "final"):
-        assert_is_the_trained_model(loaded(world, saved), rank)
+        model = loaded(world, saved)
+        assert_is_the_trained_model(model, rank)
+        # With the buffers, which a model without them in its file derives once more.
+        assert_identical(load_file(saved / "adapter_model.safetensors"), get_peft_model_state_dict(model))
     early = loaded(world, folder / "run" / f"checkpoint-{SAVED_AT}")
     found = {name: p.detach() for name, p in early.named_parameters() if p.requires_grad}
     assert found.keys() == rank["parameters"].keys()
@@ -101,7 +105,8 @@ def test_a_run_that_is_spread_otherwise_does_not_resume(two_processes, world, tm
     "names, expected",
     [
         (["optimizer.pt", "adapter_model.safetensors"], "no sharding"),
-        (["global_step4", "latest"], "DeepSpeed"),
+        (["global_step4/mp_rank_00_model_states.pt", "latest"], "DeepSpeed with whole weights"),
+        (["global_step4/zero_pp_rank_0_mp_rank_00_model_states.pt", "latest"], "DeepSpeed ZeRO-3"),
         (["model.safetensors"], None),
         (["pytorch_model_fsdp_0", "optimizer_0"], "FSDP with SHARDED_STATE_DICT"),
         (["pytorch_model_fsdp.bin", "optimizer.bin"], "FSDP with FULL_STATE_DICT"),
@@ -109,6 +114,7 @@ def test_a_run_that_is_spread_otherwise_does_not_resume(two_processes, world, tm
 )
 def test_a_checkpoint_tells_how_its_run_was_spread(tmp_path, names, expected):
     for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert written_under(tmp_path) == expected
 
@@ -120,7 +126,7 @@ def test_fsdp1_is_refused_in_one_line(two_processes):
 
 # -- in one process ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize("gathers", [True, False, None])
 @pytest.mark.parametrize("adapter", [True, False])
 def test_zero3_that_would_save_no_model_is_refused(world, monkeypatch, stage, gathers, adapter):
     monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", lambda self: None)
