@@ -250,7 +250,8 @@ def evaluated(world, folder, kind="ddp", config=None, **changes):
         settings |= {**SGD, "eval_strategy": "steps", "eval_steps": 1, **changes, **sharded}
         trainer = moved(build(world, folder, eval_dataset=rows, **settings))
         trainer.train()
-        return {"metrics": trainer.evaluate(), **found_in(trainer)}
+        evaluation = {name: value for name, value in trainer.evaluate().items() if "feasible" in name}
+        return {"evaluation": evaluation, **found_in(trainer)}
 
 
 def contrasted(world, folder, kind="ddp", config=None, **changes):
@@ -301,7 +302,7 @@ SLOW_METHODS = [name for name in METHODS if name not in (*FAST_METHODS, "tdpo2_h
 SET_UPS = {
     "loaded": ({"cpu_ram_efficient_loading": True}, ["sparse_po", "sparse_po_untied"]),
     "checkpointed": ({"activation_checkpointing": True}, ["sparse_po_untied", "mapo_full"]),
-    "kept": ({"reshard_after_forward": False}, ["sparse_po", "tdpo2_untied"]),
+    "kept": ({"reshard_after_forward": False}, ["sparse_po"]),
 }
 RESUMED_AS = {
     "lora_full": {},

@@ -15,6 +15,8 @@ from tests.rl.test_gdro import assert_same
 from tests.rl.test_trainer import assert_identical
 
 
+# What a case is about, besides what was trained.
+SEEN = {"evaluated": ["evaluation"], "contrasted": ["columns"]}
 WHAT = ("gradient", "parameters", "masks", "multipliers")
 MASK_FILE = "hfd_token_mask.safetensors"
 
@@ -130,9 +132,6 @@ class TestFSDP2:
     @pytest.mark.parametrize("case", [f"{method}_{name}" for name in SET_UPS for method in SET_UPS[name][1]])
     def test_however_it_is_set_up(self, slow_cases, case):
         ranks = slow_cases(case)
-        if case.endswith("_kept"):
-            # Whole after their forward, until they had their turn in the backward.
-            assert all(all(rank["sharded"]) for rank in ranks)
         assert_as_ddp(ranks, slow_cases(f"{case.rpartition('_')[0]}_ddp")[0])
 
     @pytest.mark.parametrize("case", BOTH)
@@ -141,10 +140,7 @@ class TestFSDP2:
         for rank in slow_cases(f"{case}_fsdp2"):
             for what in ("parameters", "masks", "multipliers"):
                 assert_identical(rank[what], alone[what])
-            assert_same(rank.get("columns"), alone.get("columns"))
-        if case == "evaluated":
-            found = [row for row in rank["metrics"] if "feasible" in row]
-            assert found and {k: rank["metrics"][k] for k in found} == {k: alone["metrics"][k] for k in found}
+            assert_same([rank.get(what) for what in SEEN[case]], [alone[what] for what in SEEN[case]])
 
     @pytest.mark.parametrize("case", RESUMED_AS)
     def test_it_resumes_bit_for_bit(self, slow_cases, case):
@@ -172,7 +168,9 @@ class TestZeRO:
         for rank in zero_cases(case, 3):
             for what in ("parameters", "masks", "multipliers"):
                 assert_near(rank[what], alone[what], 2e-6)
-            assert_same(rank.get("columns"), alone.get("columns"))
+            for what in SEEN[case]:
+                # Weights are of models that each process has whole.
+                assert rank[what] == (alone[what] if what == "columns" else pytest.approx(alone[what], abs=1e-5))
 
     @pytest.mark.parametrize("stage", [2, 3])
     def test_the_mask_network_is_that_of_the_first_process(self, zero_cases, stage):
