@@ -65,10 +65,10 @@ class ResumableDPO(Resumable, TokenExamples):
 
     def _load_masks(self, path: Path) -> None:
         saved = _masks(path)
-        if not self.is_deepspeed_enabled:
+        if not any(hasattr(parameter, "ds_id") for parameter in self.mask_network.parameters()):
             self.mask_network.load_mask_state(saved)
             return
-        # DeepSpeed trains copies of its own, and has put them and these parameters back when it loaded its checkpoint.
+        # ZeRO-3 has nothing but the partitions that it trains, which it has put back when it loaded its checkpoint.
         found = self.mask_network.mask_state()
         if found.keys() != saved.keys() or not all(torch.equal(found[name], saved[name]) for name in saved):
             raise InputError(
