@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_delta.checkpoint import written_under
 from tests.distributed.launching import needs_deepspeed
 from tests.distributed.zero_cases import FULL, KINDS
 from tests.distributed.zero_checks import STAGES, assert_as_ddp, assert_same_learnt, assert_saved, assert_sharded
@@ -90,6 +91,7 @@ def test_grpo_with_both_games_resumes_bit_for_bit(zero, world, stage):
     assert ranks[0]["plans"] == ranks[1]["plans"]
     assert_same(ranks[0]["here"], ranks[1]["here"])
     assert_saved(world, ranks[0]["saved"], ranks[0]["parameters"][1], zero("resumed", 0)[0]["saved"])
+    assert written_under(ranks[0]["saved"]) == ("DeepSpeed ZeRO-3" if stage == 3 else "DeepSpeed with whole weights")
 
 
 @pytest.mark.parametrize("stage", STAGES)
