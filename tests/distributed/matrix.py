@@ -248,6 +248,30 @@ def read_by_one(world, folder, kind):
     return {"one": one, "all": run(world, folder / "all", "sft", kind, sharded=True, fsdp=RAM_EFFICIENT)}
 
 
+def in_bfloat16(world, folder):
+    """Log-probabilities of GRPO in mixed precision, as accelerate_configs/fsdp2.yaml has it."""
+    seen, on_loss = [], DeltaGRPOTrainer.on_loss
+
+    def watched(self, rows, logps):
+        seen.append((logps * rows["completion_mask"]).detach().clone())
+        on_loss(self, rows, logps)
+
+    settings = {
+        "bf16": True,
+        "model_init_kwargs": {"dtype": "bfloat16"},
+        "max_steps": 1,
+        "rollout_func": frozen_groups,
+    }
+    with patch.object(DeltaGRPOTrainer, "on_loss", watched):
+        found = {
+            way: run(world, folder / way, "grpo", "bone", sharded=way == "fsdp2", fsdp=RAM_EFFICIENT, **settings)[
+                "mode"
+            ]
+            for way in ("ddp", "fsdp2")
+        }
+    return {"modes": found, "logps": seen}
+
+
 def spread(task, processes):
     """Settings with which every optimizer step has the same rows, of however many processes."""
     if task == "sft":
@@ -337,6 +361,7 @@ CASES = {
     **{f"read_by_one_{kind}": partial(read_by_one, kind=kind) for kind in READ_WEIGHTS},
     "resume_grpo_pmss": partial(resumed, task="grpo", kind="pmss", **RAM_EFFICIENT),
     "refused_by_fsdp2": refused,
+    "grpo_bfloat16": in_bfloat16,
 }
 # In a launch of their own.
 SLOW = {

@@ -115,6 +115,15 @@ def test_what_is_derived_from_weights_comes_from_the_process_that_has_them(two_p
         assert_identical(rank["one"]["parameters"], rank["all"]["parameters"])
 
 
+def test_log_probabilities_are_not_rounded_in_mixed_precision(two_processes):
+    """Accelerate has FSDP2 give them in bfloat16, whose steps are 1/64 where a token has 3 nats."""
+    for rank in two_processes("grpo_bfloat16"):
+        assert rank["modes"] == {"ddp": "ddp", "fsdp2": "fsdp2"} and len(rank["logps"]) == 4
+        for ddp, fsdp2 in zip(rank["logps"][:2], rank["logps"][2:]):
+            assert ddp.dtype == fsdp2.dtype == torch.float32
+            torch.testing.assert_close(fsdp2, ddp, rtol=0, atol=1e-3)
+
+
 def test_what_fsdp2_cannot_shard_or_save_is_refused(two_processes):
     """PEFT saves an empty adapter where FSDP has renamed its modules; a tied weight would be in two units."""
     for rank in two_processes("refused_by_fsdp2"):
