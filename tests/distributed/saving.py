@@ -126,7 +126,8 @@ def refused(world, folder):
 
 
 CASES = {
-    **{f"saved_sft_{a}": partial(saved, cls=DeltaSFTTrainer, adapter=a) for a in ("lora", "pmss", "full")},
+    **{f"saved_sft_{a}": partial(saved, cls=DeltaSFTTrainer, adapter=a) for a in ("lora", "full")},
+    "saved_sft_pmss": partial(saved, cls=DeltaSFTTrainer, adapter="pmss", resumes=False),
     "saved_grpo_edora": partial(saved, cls=DeltaGRPOTrainer, adapter="edora"),
     "saved_dpo_bat_row": partial(saved, cls=DeltaDPOTrainer, adapter="bat_row"),
     "saved_as_full": partial(saved, cls=DeltaSFTTrainer, adapter="lora", kind="FULL", resumes=False),

@@ -53,7 +53,7 @@ def test_sharded_checkpoints_and_final_saves_hold_the_adapter(two_processes, wor
     assert not any(torch.equal(found[name], value) for name, value in rank["parameters"].items())
 
 
-@pytest.mark.parametrize("case", [*ADAPTERS, "saved_sft_full"])
+@pytest.mark.parametrize("case", ["saved_sft_lora", "saved_sft_full", "saved_grpo_edora", "saved_dpo_bat_row"])
 def test_sharded_checkpoints_resume_bit_for_bit(two_processes, case):
     for rank in two_processes(case):
         assert rank["sharded"] and rank["steps"] == STEPS
