@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from hf_delta import __version__
 from hf_delta.checkpoint import STATE_FILE, load_state, save_state, steps_of
 from hf_delta.errors import InputError
+from hf_delta.ops.gather import is_partitioned
 from hf_delta.preference.examples import TokenExamples
 from hf_delta.preference.feasible import Multipliers
 from hf_delta.resume import Resumable, check_method, state_of
@@ -65,7 +66,7 @@ class ResumableDPO(Resumable, TokenExamples):
 
     def _load_masks(self, path: Path) -> None:
         saved = _masks(path)
-        if not any(hasattr(parameter, "ds_id") for parameter in self.mask_network.parameters()):
+        if not any(map(is_partitioned, self.mask_network.parameters())):
             self.mask_network.load_mask_state(saved)
             return
         # ZeRO-3 has nothing but the partitions that it trains, which it has put back when it loaded its checkpoint.
