@@ -2,33 +2,21 @@
 
 import os
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import torch
+from models import Sizes, llama, trained
 from peft import LoraConfig, MissConfig, get_peft_model
 from timing import Case, nothing
 from torch import nn
 from torch.autograd.graph import get_gradient_edge
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
 from hf_delta import BoneConfig, EdoraConfig, PmssConfig, disable_fast_dora, enable_fast_dora
 from hf_delta.adapters.dora import reuse_dora_norms
 from hf_delta.adapters.pmss.selection import greedy_pivots
-
-
-@dataclass(frozen=True)
-class Sizes:
-    features: int = 2048
-    tokens: tuple[int, int] = (4, 128)
-    decoded: tuple[int, int] = (8, 1)
-    r: int = 16
-    skeleton: int = 64
-    pivots: int = 128
-    large: int = 4096
-    llama: tuple[int, int, int, int] = (4, 512, 1408, 8192)  # layers, hidden, MLP, vocabulary
-    decode_steps: int = 4
 
 
 FULL = Sizes()
@@ -56,12 +44,19 @@ class Group:
 
 
 class Layers:
-    """Adapted linear layers over one and the same frozen weight."""
+    """Adapted linear layers over one and the same frozen weight; `autocast` is around their forward passes."""
 
-    def __init__(self, sizes: Sizes, device: str):
+    def __init__(
+        self,
+        sizes: Sizes,
+        device: str,
+        dtype: torch.dtype = torch.float32,
+        autocast: Callable[[], AbstractContextManager] = nullcontext,
+    ):
         torch.manual_seed(0)
-        self.sizes, self.device = sizes, device
-        self.base = nn.Linear(sizes.features, sizes.features, bias=False, device=device).requires_grad_(False)
+        self.sizes, self.device, self.dtype, self.autocast = sizes, device, dtype, autocast
+        shape = (sizes.features, sizes.features)
+        self.base = nn.Linear(*shape, bias=False, device=device, dtype=dtype).requires_grad_(False)
 
     def adapted(self, config) -> nn.Module:
         linear = nn.Linear(*self.base.weight.shape, bias=False, device="meta")
@@ -75,7 +70,8 @@ class Layers:
 
     def train(self, layer: nn.Module, prepare: Callable = lambda x: None) -> Case:
         """Forward and backward pass, with the gradient of the input."""
-        x = torch.randn(*self.sizes.tokens, self.sizes.features, device=self.device, requires_grad=True)
+        shape = (*self.sizes.tokens, self.sizes.features)
+        x = torch.randn(*shape, device=self.device, dtype=self.dtype, requires_grad=True)
         gradient = torch.randn_like(x)
 
         def before():
@@ -83,8 +79,13 @@ class Layers:
             layer.zero_grad(set_to_none=True)
             prepare(x)
 
-        # The output itself is let go, as most that follows a linear layer does: keeping it is on the layer's account.
-        return Case(lambda: torch.autograd.backward(get_gradient_edge(layer(x)), gradient), before)
+        def run():
+            # The output itself is let go, as most that follows a linear layer does: keeping it is on the layer's account.
+            with self.autocast():
+                edge = get_gradient_edge(layer(x))
+            torch.autograd.backward(edge, gradient)
+
+        return Case(run, before)
 
     def decode(self, layer: nn.Module, switch: Callable = nothing, steps: int | None = None) -> Case:
         """Some tokens one after the other."""
@@ -108,15 +109,6 @@ def generation(first: Callable, step: Callable, steps: int) -> Case:
         first()
 
     return Case(step, before, context.close, steps)
-
-
-def trained(model: nn.Module) -> nn.Module:
-    """Adapters moved away from where they start, where some of their tensors are zeros."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter), alpha=1e-3)
-    return model
 
 
 def dora(sizes: Sizes, device: str) -> Group:
@@ -229,17 +221,7 @@ def large_selection(sizes: Sizes, device: str) -> Group:
 
 def model(sizes: Sizes, device: str) -> Group:
     """Decoding steps of a whole model with a cache of keys and values; every linear layer of its blocks is adapted."""
-    layers, hidden, mlp, vocabulary = sizes.llama
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        vocab_size=vocabulary,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-    )
-    base = LlamaForCausalLM(config).to(device).eval()
+    base = llama(sizes).to(device)
     r, common = sizes.r, {"target_modules": "all-linear"}
     configs = {
         "PEFT LoRA": LoraConfig(r=r, **common),

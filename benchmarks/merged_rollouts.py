@@ -18,58 +18,22 @@ from pathlib import Path
 
 import peft
 import torch
-from adapters_cases import FULL, QUICK, Sizes, trained
-from peft import LoraConfig, MissConfig, get_peft_model
+from adapters_cases import FULL, QUICK
+from models import Sizes, adapted, llama, switched, trained
 from peft.tuners.tuners_utils import BaseTunerLayer
-from timing import Case, interleaved, peak_bytes, ratio, spread
+from timing import Case, inside, interleaved, peak_bytes, ratio, spread
 from torch import nn
 from tqdm import tqdm
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache
 
-from hf_delta import BoneConfig, PmssConfig
-from hf_delta.adapters.dora import fast_dora, reuse_dora_norms
+from hf_delta.adapters.dora import reuse_dora_norms
 from hf_delta.adapters.stream import merged_weights
 from hf_delta.rl.merged import merged_rollouts
 
 
-# Configuration, and whether fast DoRA is on.
-METHODS: dict[str, tuple[Callable[[Sizes], peft.PeftConfig], bool]] = {
-    "LoRA": (lambda s: LoraConfig(r=s.r, target_modules="all-linear"), False),
-    "DoRA of PEFT": (lambda s: LoraConfig(r=s.r, use_dora=True, target_modules="all-linear"), False),
-    "fast DoRA": (lambda s: LoraConfig(r=s.r, use_dora=True, target_modules="all-linear"), True),
-    "Bone": (lambda s: BoneConfig(r=s.r, target_modules="all-linear"), False),
-    "PMSS": (lambda s: PmssConfig(r=s.skeleton, target_modules="all-linear"), False),
-}
-DRIFTING = {
-    **METHODS,
-    "MiSS of PEFT": (lambda s: MissConfig(r=s.r, target_modules="all-linear"), False),
-    "MiSS bat of PEFT": (lambda s: MissConfig(r=s.r, init_weights="bat", target_modules="all-linear"), False),
-}
+COSTS = ("LoRA", "DoRA of PEFT", "fast DoRA", "Bone", "PMSS")
+DRIFTING = (*COSTS, "MiSS of PEFT", "MiSS bat of PEFT")
 SYNCS = (1, 10, 100)
-
-
-def llama(sizes: Sizes) -> nn.Module:
-    layers, hidden, mlp, vocabulary = sizes.llama
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        intermediate_size=mlp,
-        vocab_size=vocabulary,
-        num_attention_heads=hidden // 32,
-        num_key_value_heads=hidden // 32,
-    )
-    return LlamaForCausalLM(config).eval()
-
-
-def adapted(base: nn.Module, method: str, sizes: Sizes) -> nn.Module:
-    config, _ = DRIFTING[method]
-    torch.manual_seed(0)
-    return trained(get_peft_model(deepcopy(base), config(sizes))).eval()
-
-
-def switched(method: str) -> AbstractContextManager:
-    return fast_dora() if DRIFTING[method][1] else nullcontext()
 
 
 # -- time and memory -----------------------------------------------------------------------------------------------------
@@ -91,13 +55,12 @@ def decoding(
 
 def exchange(model: nn.Module, method: str) -> Case:
     """Entering and leaving a rollout."""
-    stack = ExitStack()
 
     def run():
         with merged_rollouts(model):
             pass
 
-    return Case(run, lambda: stack.enter_context(switched(method)), stack.close)
+    return inside(Case(run), lambda: switched(method))
 
 
 def costs(method: str, sizes: Sizes, rounds: int) -> dict[str, float | list[float]]:
@@ -198,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes, rounds = (QUICK, 1) if args.quick else (FULL, args.rounds)
     # Rounding does not depend on the depth.
     shallow = replace(sizes, llama=(1, *sizes.llama[1:]))
-    measured = {name: costs(name, sizes, rounds) for name in tqdm(METHODS, desc="time")}
+    measured = {name: costs(name, sizes, rounds) for name in tqdm(COSTS, desc="time")}
     drifts = {
         name: {"trl": drift(name, shallow, in_place), "kept": drift(name, shallow, streamed)}
         for name in tqdm(DRIFTING, desc="drift")

@@ -7,8 +7,10 @@ import statistics
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,12 +24,46 @@ def nothing():
 
 @dataclass
 class Case:
-    """Something to measure: `run`, `repeat` times in one sample; `before` and `after` are outside of the measurement."""
+    """Something to measure: `run`, `repeat` times in one sample; `before` and `after` are outside of the measurement.
+
+    Args:
+        seconds: what of the last run counts, for cases that know it better than a clock around `run`.
+        cold: whether the first run is as good as any other.
+        allocates: whether what it allocates is seen from here.
+    """
 
     run: Callable[[], object]
     before: Callable[[], object] = nothing
     after: Callable[[], object] = nothing
     repeat: int = 1
+    seconds: Callable[[], float] | None = None
+    cold: bool = False
+    allocates: bool = True
+
+
+class CaseFailed(Exception):
+    """A case raised an error, which is the cause of this one."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
+
+
+def inside(case: Case, context: Callable[[], AbstractContextManager]) -> Case:
+    """The case with a context around each of its samples, entered and left outside of the measurement."""
+    stack = ExitStack()
+
+    def before():
+        stack.enter_context(context())
+        case.before()
+
+    def after():
+        try:
+            case.after()
+        finally:
+            stack.close()
+
+    return replace(case, before=before, after=after)
 
 
 @dataclass(frozen=True)
@@ -53,63 +89,99 @@ def interleaved(
     cases: dict[str, Case], rounds: int, device: str, passes: int = 1, seed: int = 0
 ) -> dict[str, list[float]]:
     """Seconds of every case in every round; a round goes `passes` times through all in a random order and back."""
+    for case in cases.values():
+        _sample(case, device)
+    found = list(islice(rounds_of(cases, device, passes, seed), rounds))
+    return {name: [seconds[name] for seconds in found] for name in cases}
+
+
+def rounds_of(cases: dict[str, Case], device: str, passes: int = 1, seed: int = 0) -> Iterator[dict[str, float]]:
+    """Seconds of every case, round after round without an end, of cases that ran before.
+
+    Raises:
+        `CaseFailed`: a case did; the others can go on in rounds of their own.
+    """
     order, generator = list(cases), random.Random(seed)
-    for name in order:
-        _sample(cases[name], device)
-    found = {name: [] for name in cases}
-    for _ in range(rounds):
+    while True:
         totals = dict.fromkeys(order, 0.0)
         gc.collect()
         for _ in range(passes):
             generator.shuffle(order)
             for name in order + order[::-1]:
-                totals[name] += _sample(cases[name], device)
-        for name, total in totals.items():
-            found[name].append(total / (2 * passes * cases[name].repeat))
-    return found
+                try:
+                    totals[name] += _sample(cases[name], device)
+                except Exception as error:
+                    raise CaseFailed(name) from error
+        yield {name: totals[name] / (2 * passes * case.repeat) for name, case in cases.items()}
 
 
 def _sample(case: Case, device: str) -> float:
-    case.before()
+    watch = Stopwatch(device)
     gc.disable()
     try:
-        return (_cuda_seconds if device == "cuda" else _cpu_seconds)(case)
+        case.before()
+        watch.start()
+        for _ in range(case.repeat):
+            case.run()
+        seconds = watch.stop()
+        return seconds if case.seconds is None else case.seconds()
     finally:
         gc.enable()
         case.after()
 
 
-def _cpu_seconds(case: Case) -> float:
-    start = time.process_time()
-    for _ in range(case.repeat):
-        case.run()
-    return time.process_time() - start
+class Stopwatch:
+    """Seconds from `start` to `stop`: CPU time of this process, or on CUDA until all work that was queued is done."""
 
+    def __init__(self, device: str):
+        self.on_cuda = device == "cuda"
 
-def _cuda_seconds(case: Case) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(case.repeat):
-        case.run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+    def start(self) -> None:
+        if not self.on_cuda:
+            self.began = time.process_time()
+            return
+        self.began, self.ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        self.began.record()
+
+    def stop(self) -> float:
+        if not self.on_cuda:
+            return time.process_time() - self.began
+        self.ended.record()
+        torch.cuda.synchronize()
+        return self.began.elapsed_time(self.ended) / 1e3
 
 
 def peak_bytes(case: Case, device: str) -> int:
-    """Most bytes allocated at any moment of one run beyond what was allocated before it."""
-    case.before()
-    case.run()
-    case.before()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        case.run()
-        return torch.cuda.max_memory_allocated() - start
+    """Most bytes allocated at any moment of one run beyond what was allocated before it.
+
+    Compilation and autotuning, which a first run may have, are in a run before that one.
+    """
+    if not case.cold:
+        _around(case, case.run)
+    return _around(case, lambda: (_cuda_peak if device == "cuda" else _cpu_peak)(case.run))
+
+
+def _around(case: Case, measure: Callable[[], object]):
+    try:
+        case.before()
+        return measure()
+    finally:
+        case.after()
+
+
+def _cuda_peak(run: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - start
+
+
+def _cpu_peak(run: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        case.run()
+        run()
     now = peak = 0
     for event in _memory_events(profiler):
         now += event["args"]["Bytes"]

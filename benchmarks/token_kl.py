@@ -11,18 +11,17 @@ import argparse
 import json
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from datasets import Dataset
+from models import word_tokenizer
 from peft import LoraConfig
 from timing import Case, interleaved, peak_bytes, ratio
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from hf_delta._compat.kernels import head_arguments, trl_logps_and_kl
@@ -38,12 +37,12 @@ BETA = 0.1
 
 def full_logits(hidden, head_weight, targets, *, ref_hidden=None) -> TokenScores:
     """All logits at once, as one writes it down."""
-    policy = (hidden @ head_weight.T).log_softmax(-1)
+    policy = (hidden @ head_weight.T).float().log_softmax(-1)
     logps = policy.gather(1, targets[:, None]).squeeze(1)
     if ref_hidden is None:
         return TokenScores(logps)
     with torch.no_grad():
-        reference = (ref_hidden @ head_weight.T).log_softmax(-1)
+        reference = (ref_hidden @ head_weight.T).float().log_softmax(-1)
         ref_logps = reference.gather(1, targets[:, None]).squeeze(1)
     return TokenScores(logps, ref_logps, (reference.exp() * (reference - policy)).sum(1))
 
@@ -56,21 +55,40 @@ PEERS: dict[str, Callable[..., TokenScores]] = {
 }
 
 
-def kernel_case(compute, vocabulary: int, kl: bool, trained: bool) -> Case:
-    generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    hidden, head = draw(ROWS, WIDTH).requires_grad_(), (0.05 * draw(vocabulary, WIDTH)).requires_grad_(trained)
-    reference = hidden.detach() + 0.1 * draw(ROWS, WIDTH)
-    targets = torch.randint(vocabulary, (ROWS,), generator=generator)
+@dataclass(frozen=True)
+class Inputs:
+    """What all ways of computing get: hidden states of `(N, d)`, a head of `(V, d)`, and `(N,)` targets."""
 
+    hidden: torch.Tensor
+    head: torch.Tensor
+    reference: torch.Tensor
+    targets: torch.Tensor
+
+
+def inputs(
+    vocabulary: int,
+    trained: bool,
+    shape: tuple[int, int] = (ROWS, WIDTH),
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Inputs:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(*shape, device=device), 0.05 * torch.randn(vocabulary, shape[1], device=device)
+    reference = hidden + 0.1 * torch.randn_like(hidden)
+    targets = torch.randint(vocabulary, shape[:1], device=device)
+    hidden, head, reference = (each.to(dtype) for each in (hidden, head, reference))
+    return Inputs(hidden.requires_grad_(), head.requires_grad_(trained), reference, targets)
+
+
+def kernel_case(compute, given: Inputs, kl: bool) -> Case:
     def run():
-        found = compute(hidden, head, targets, ref_hidden=reference if kl else None)
+        found = compute(given.hidden, given.head, given.targets, ref_hidden=given.reference if kl else None)
         (found.logps.sum() + (found.kl.square().sum() if kl else 0)).backward()
 
-    def after():
-        hidden.grad = head.grad = None
+    def clear():
+        given.hidden.grad = given.head.grad = None
 
-    return Case(run, after, after)
+    return Case(run, clear, clear)
 
 
 # -- a step of DPO -------------------------------------------------------------------------------------------------------
@@ -85,9 +103,6 @@ def dpo_trainer(vocabulary: int, folder: str) -> DPOTrainer:
         num_key_value_heads=2,
         head_dim=64,
     )
-    words = {"<pad>": 0, "<eos>": 1, "a": 2, "b": 3}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = Whitespace()
     arguments = DPOConfig(
         folder, beta=BETA, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to="none", disable_tqdm=True
     )
@@ -95,7 +110,7 @@ def dpo_trainer(vocabulary: int, folder: str) -> DPOTrainer:
         Qwen3ForCausalLM(config),
         args=arguments,
         train_dataset=Dataset.from_list([{"prompt": "a", "chosen": " a b", "rejected": " b a"}] * 2),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"),
+        processing_class=word_tokenizer(),
         peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
 
@@ -178,7 +193,8 @@ def main(argv: list[str] | None = None) -> None:
         what = (
             f"{'log-probabilities and KL' if kl else 'log-probabilities'}, {'trained' if trained else 'frozen'} head"
         )
-        cases = {name: kernel_case(compute, vocabulary, kl, trained) for name, compute in PEERS.items()}
+        given = inputs(vocabulary, trained)
+        cases = {name: kernel_case(compute, given, kl) for name, compute in PEERS.items()}
         rows += compared(cases, arguments.rounds, what, vocabulary)
     for vocabulary in tqdm(arguments.vocabularies):
         with tempfile.TemporaryDirectory() as folder:

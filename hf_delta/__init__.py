@@ -22,6 +22,7 @@ _PUBLIC = {
     "DeltaGRPOConfig": "hf_delta.rl.config",
     "DeltaGRPOTrainer": "hf_delta.rl.trainer",
     "DeltaLWeights": "hf_delta.rl.weights",
+    "DeltaSFTTrainer": "hf_delta.sft",
     "Difficulty": "hf_delta.rl.difficulty",
     "EdoraConfig": "hf_delta.adapters",
     "InputError": "hf_delta.errors",

@@ -115,6 +115,20 @@ def steps_of(checkpoint: str | Path) -> int:
     return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
 
 
+def written_under(checkpoint: str | Path) -> str | None:
+    """How the run was spread that wrote a checkpoint, or `None` if it holds no optimizer from which one could tell."""
+    names = {path.name for path in Path(checkpoint).glob("*")}
+    if any(re.fullmatch(r"global_step\d+", name) for name in names):
+        # Each process writes its part of the weights there, if they are in parts.
+        in_parts = any(Path(checkpoint).glob("global_step*/zero_pp_rank_*_model_states.pt"))
+        return "DeepSpeed ZeRO-3" if in_parts else "DeepSpeed with whole weights"
+    if "pytorch_model_fsdp.bin" in names:
+        return "FSDP with FULL_STATE_DICT"
+    if any(name.startswith("pytorch_model_fsdp_") for name in names):
+        return "FSDP with SHARDED_STATE_DICT"
+    return "no sharding" if "optimizer.pt" in names else None
+
+
 def is_complete(checkpoint: str | Path, world_size: int = 1) -> bool:
     """Whether a checkpoint was written to its end by every process.
 

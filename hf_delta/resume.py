@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import Trainer
 
-from hf_delta.checkpoint import check_state, newest_complete_checkpoint
+from hf_delta.checkpoint import check_state, newest_complete_checkpoint, written_under
 from hf_delta.errors import InputError
 
 
@@ -23,7 +23,22 @@ class Resumable(Trainer):
             if newest is None:
                 raise InputError(f"resume_from_checkpoint: {self.args.output_dir} holds no complete checkpoint.")
             resume_from_checkpoint = str(newest)
+        if resume_from_checkpoint:
+            self._check_sharding(resume_from_checkpoint)
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_sharding(self, checkpoint: str) -> None:
+        there, here = written_under(checkpoint), "no sharding"
+        if self.is_fsdp_enabled:
+            here = f"FSDP with {self.accelerator.state.fsdp_plugin.state_dict_type.name}"
+        elif self.is_deepspeed_enabled:
+            partitions = self.accelerator.state.deepspeed_plugin.zero_stage == 3
+            here = "DeepSpeed ZeRO-3" if partitions else "DeepSpeed with whole weights"
+        if there not in (None, here):
+            raise InputError(
+                f"{checkpoint} was written under {there}, and this run has {here}. Resume with the configuration of accelerate "
+                "that wrote it."
+            )
 
 
 def check_method(path: Path, state: dict[str, Any], method: dict[str, Any], settings: dict[str, Any]) -> None:

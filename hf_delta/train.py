@@ -32,7 +32,7 @@ from hf_delta.run.card import absolute, write_card
 from hf_delta.run.console import announce, console, fail, is_main_process
 from hf_delta.run.directory import check_output_dir, clear, write_manifest
 from hf_delta.run.evaluation import BEFORE, evaluate_policy, evaluation_reward, write_report
-from hf_delta.run.processes import main_first, naming_the_process, on_main
+from hf_delta.run.processes import main_first, naming_the_process, on_main, parallelism
 from hf_delta.run.progress import TrainingProgress
 
 
@@ -202,7 +202,8 @@ def _train(trainer: Trainer, recipe: Recipe, checkpoint: str | None) -> None:
     """Collective: train, or take over a checkpoint that is at `max_steps` already, so that a run can be given again."""
     done = 0 if checkpoint is None else steps_of(checkpoint)
     if not 0 < recipe.training.max_steps <= done:
-        announce(f"Training: {recipe.trainer}, {recipe.model.model_name_or_path}")
+        spread = parallelism(trainer.accelerator)
+        announce(f"Training: {recipe.trainer}, {recipe.model.model_name_or_path} ({spread})")
         with naming_the_process():
             trainer.train(resume_from_checkpoint=checkpoint)
         return
@@ -227,9 +228,6 @@ def _end(trainer: Trainer) -> None:
 
 def _save(trainer: Trainer) -> None:
     """Collective."""
-    if trainer.is_fsdp_enabled:
-        # Sharded weights are for checkpoints; save_model writes nothing at all in that mode.
-        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(trainer.args.output_dir)
     trainer.save_state()
 

@@ -146,7 +146,7 @@ def test_merged_rollouts_cost_one_copy_and_no_drift(monkeypatch, tmp_path, capsy
     assert all(row["kept_bytes"] == row["adapted_bytes"] for row in found["costs"].values())
     assert all(set(row["kept"].values()) == {0} for row in found["drift"].values())
     assert found["drift"]["LoRA"]["trl"]["100"] > 1e-3 and found["drift"]["Bone"]["trl"]["100"] == 0
-    assert capsys.readouterr().out.count("\n|") == len(module.METHODS) + len(module.DRIFTING) + 4
+    assert capsys.readouterr().out.count("\n|") == len(module.COSTS) + len(module.DRIFTING) + 4
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from trl.trainer import dpo_trainer, grpo_trainer
 from hf_delta._compat import peft as peft_compat
 from hf_delta._compat import transformers as transformers_compat
 from hf_delta._compat import trl as compat
-from hf_delta._compat import trl_dpo, trl_vllm
+from hf_delta._compat import trl_dpo, trl_vllm, whole_saves
 from hf_delta._compat.imports import when_imported
 from hf_delta._compat.trl_state import ExtraState
 
@@ -121,6 +121,14 @@ def test_columns_of_dpo_are_the_ones_that_ours_are_added_to():
 @pytest.mark.parametrize("name", transformers_compat.SEAMS)
 def test_signatures_of_the_trainer_are_the_recorded_ones(name):
     assert tuple(inspect.signature(getattr(Trainer, name)).parameters) == transformers_compat.SEAMS[name]
+
+
+@pytest.mark.parametrize("name", whole_saves.SEAMS)
+def test_signatures_of_saving_are_the_recorded_ones(name):
+    assert tuple(inspect.signature(getattr(Trainer, name)).parameters) == whole_saves.SEAMS[name]
+    # Checkpoints and final saves go through the public one, which writes nothing of its own where weights are sharded.
+    assert "self.save_model(output_dir, _internal_call=True)" in inspect.getsource(Trainer._save_checkpoint)
+    assert "self.create_accelerator_and_postprocess()" in inspect.getsource(Trainer.__init__)
 
 
 @pytest.mark.parametrize("name", compat.SAMPLER_ATTRIBUTES)

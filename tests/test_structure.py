@@ -66,7 +66,7 @@ FLOORS = [
     ["preference/config.py"],
     ["rl/config.py", "rl/curriculum.py"],
     ["rl/resume.py", "rl/configured.py"],
-    ["rl/trainer.py", "rl/__init__.py", "preference", "plot"],
+    ["rl/trainer.py", "rl/__init__.py", "preference", "sft.py", "plot"],
     ["recipe", "recipe.py", "data.py"],
     ["train.py", "run"],
     ["cli.py"],

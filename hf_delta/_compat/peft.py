@@ -11,6 +11,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from packaging.specifiers import SpecifierSet
 from torch import nn
 
@@ -41,6 +43,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper  # noqa: E402
 
 __all__ = [
     "BufferDict",
+    "SavedBuffers",
     "TunerHooks",
     "TunerLayerHooks",
     "in_out_features",
@@ -102,6 +105,42 @@ def register_method(name: str, config: type[PeftConfig], model: type[BaseTuner])
         register_peft_method(name=name, config_cls=config, model_cls=model)
     elif known is not config:
         raise KeyError(f"PEFT already has a method {name!r}: {known.__module__}.{known.__qualname__}")
+
+
+class SavedBuffers(BufferDict):
+    """The buffers of adapters that are saved with them, and that keep their values where Accelerate loads a sharded model.
+
+    For `fsdp_cpu_ram_efficient_loading` it sends a model with its buffers to the meta device, shards it there, and takes
+    every entry of its state for a parameter that was sharded. Values are put aside on the way, and are no part of the
+    state until they are back; collective, because they come from the first process, as those of parameters do: up to
+    version 5.17 at least, transformers loads zeros in the others, from which nothing can be derived.
+    """
+
+    def __init__(self):
+        super().__init__(persistent=True)
+        self.aside: dict[str, torch.Tensor] = {}
+
+    def _apply(self, fn, *args, **kwargs):
+        before = dict(self.items())
+        super()._apply(fn, *args, **kwargs)
+        for name, value in before.items():
+            if not self[name].is_meta:
+                self.aside.pop(name, None)
+            elif not value.is_meta:
+                self.aside[name] = value
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self.aside:
+            destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
+        for name, value in self.aside.items():
+            if prefix + name not in state_dict:
+                state_dict[prefix + name] = broadcast(value.to(PartialState().device))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
+        self.aside = {name: value for name, value in self.aside.items() if self[name].is_meta}
 
 
 class TunerHooks(BaseTuner):

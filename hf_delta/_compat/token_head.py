@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
+from torch.distributed.tensor import DTensor
 from transformers.utils import ModelOutput
 
 from hf_delta._compat.kernels import head_arguments, scores_function
@@ -82,11 +83,19 @@ def add_token_head(
             return backbone
         heads = head_arguments(self)
         if ref_hidden is not None and reference_head is not None:
-            heads |= reference_head()
+            heads |= _alike(reference_head(), heads["head_weight"])
         scores = _scores(backbone.last_hidden_state, labels, ref_hidden, heads, logps_kernel, self.training)
         return TokenOutput(**scores, masks=masks, hidden_states=backbone.hidden_states)
 
     model.forward = types.MethodType(forward, model)
+
+
+def _alike(heads: dict, own: torch.Tensor) -> dict:
+    """The head of a reference that FSDP2 has sharded, in the dtype in which it gives the policy's inside of its forward."""
+    return {
+        name: value.to(own.dtype) if isinstance(value, DTensor) and not isinstance(own, DTensor) else value
+        for name, value in heads.items()
+    }
 
 
 def _scores(hidden, labels, ref_hidden, heads: dict, logps_kernel: str, training: bool) -> dict[str, torch.Tensor]:

@@ -6,12 +6,13 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast, is_peft_model
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
+from hf_delta._compat.fsdp import keep_outputs, unshard_trained_head
 from hf_delta._compat.kernels import head_arguments
 from hf_delta._compat.reference import REFERENCE, ReferenceRepair, base_kept
 from hf_delta._compat.token_head import MASK_NETWORK, add_token_head, head_of_adapter
@@ -47,6 +48,7 @@ DPO_LOSS_TYPES: tuple[str, ...] = (
 SEAMS: dict[str, tuple[str, ...]] = {
     "_compute_loss": ("self", "model", "inputs", "return_outputs"),
     "_prepare_dataset": ("self", "dataset", "processing_class", "args", "dataset_name"),
+    "_save": ("self", "output_dir", "state_dict"),
     "_set_signature_columns_if_needed": ("self",),
 }
 
@@ -73,6 +75,12 @@ class DPOHooks(ExtraState, DPOTrainer, ReferenceRepair):
     def __init__(self, model, *args, **kwargs):
         with base_kept(model):
             super().__init__(model, *args, **kwargs)
+        unshard_trained_head(self.model)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.replaces_loss and self.is_fsdp_enabled:
+            keep_outputs(self.accelerator.state.fsdp_plugin)
 
     def loss_of_batch(self, model: torch.nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         raise RuntimeError("replaces_loss is set, and there is no loss_of_batch")
@@ -121,7 +129,11 @@ class DPOHooks(ExtraState, DPOTrainer, ReferenceRepair):
         return getattr(self.plain_model, MASK_NETWORK, None)
 
     def attach_mask_network(self, network: torch.nn.Module) -> None:
-        """Make a network a child of the policy, so that it is trained with it."""
+        """Make a network a child of the policy, so that it is trained with it; as it is in the first process."""
+        network.to(self.accelerator.device)
+        # DDP and DeepSpeed do so themselves. Of FSDP2 each process would put its own numbers into its shard.
+        for parameter in network.parameters():
+            broadcast(parameter.detach())
         self.plain_model.add_module(MASK_NETWORK, network.to(self.plain_model.device))
 
     @contextmanager
@@ -129,10 +141,20 @@ class DPOHooks(ExtraState, DPOTrainer, ReferenceRepair):
         """The reference, without gradients: a model to call, and the policy again once the context is left."""
         context = nullcontext()
         if self.ref_model is None:
-            context = use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=self.reference_adapter)
+            context = self._reference_adapter_only()
         checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
         with torch.no_grad(), checkpointing, context, self.accelerator.autocast():
             yield self.model if self.ref_model is None else self.ref_model
+
+    @contextmanager
+    def _reference_adapter_only(self) -> Iterator[None]:
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=self.reference_adapter):
+            # PEFT has frozen them for the while. FSDP2 learns in its first forward, which may be this one, what is trained,
+            # and would not know the dtype of gradients.
+            for parameter in trained:
+                parameter.requires_grad_(True)
+            yield
 
     def model_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
         """What policy and reference are called with: tokens, and labels `-100` outside of completions."""
@@ -187,6 +209,12 @@ class DPOHooks(ExtraState, DPOTrainer, ReferenceRepair):
         super()._set_signature_columns_if_needed()
         missing = [name for name in self.extra_columns if name not in self._signature_columns]
         self._signature_columns = [*self._signature_columns, *missing]
+
+    def _save(self, output_dir=None, state_dict=None):
+        if state_dict is not None:
+            # ZeRO-3 collects all parameters of a model, also those that its modules keep out of their state.
+            state_dict = {name: value for name, value in state_dict.items() if MASK_NETWORK not in name.split(".")}
+        super()._save(output_dir, state_dict=state_dict)
 
     @property
     def text_tokenizer(self):

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from transformers import Trainer
+from hf_delta._compat.whole_saves import WholeSaves
 
 
-class ExtraState(Trainer):
+class ExtraState(WholeSaves):
     """Mixin for trainers that keep more than model and optimizer.
 
     Stands before TRL's trainer among the bases. Hooks, all optional:

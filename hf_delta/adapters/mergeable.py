@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from hf_delta._compat.bitsandbytes import is_bitsandbytes
 from hf_delta._compat.merging import base_parameters, is_flattened
 from hf_delta.adapters.base import DeltaLinear
-from hf_delta.ops.gather import is_sharded
+from hf_delta.ops.gather import is_partitioned, is_sharded
 
 
 SHARDED = (FullyShardedDataParallel, FSDPModule)
@@ -56,7 +56,7 @@ def _obstacle_of_method(model: PeftModel) -> str | None:
 
 
 def _obstacle_of_weights(layer: BaseTunerLayer) -> str | None:
-    if any(isinstance(p, DTensor) or hasattr(p, "ds_id") or is_flattened(p) for p in layer.parameters()):
+    if any(isinstance(p, DTensor) or is_partitioned(p) or is_flattened(p) for p in layer.parameters()):
         return "is sharded"
     below = base_parameters(layer)
     if not any(below.values()):

@@ -17,7 +17,7 @@ from hf_delta._compat.twins import make_dense, twin
 from hf_delta.adapters.base import DeltaLinear
 from hf_delta.adapters.mergeable import kind_of, layers_to_merge, obstacle_to_streaming
 from hf_delta.errors import InputError
-from hf_delta.ops.gather import full_tensor, gathered
+from hf_delta.ops.gather import full_tensor, gathered, is_partitioned
 
 
 Weights = Iterator[tuple[str, torch.Tensor]]
@@ -182,7 +182,7 @@ def _unadapted(module: nn.Module, name: str, whole: Whole) -> torch.Tensor:
     parameter = module.get_parameter(name)
     with gathered(parameter):
         # DeepSpeed takes the memory back, and who gets the tensor may keep it for a while.
-        return _owned(parameter, whole) if hasattr(parameter, "ds_id") else whole(parameter)
+        return _owned(parameter, whole) if is_partitioned(parameter) else whole(parameter)
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def _merged(part: _Part, whole: Whole) -> dict[str, torch.Tensor]:
             _merge(each, f"{part.path} ({kind_of(each)})")
         merged = {name: parameter.detach() for name, parameter in copy.get_base_layer().named_parameters()}
         # What was not changed may be the model's own, and DeepSpeed takes that back.
-        if any(hasattr(parameter, "ds_id") for parameter in base.parameters()):
+        if any(map(is_partitioned, base.parameters())):
             merged = {name: tensor.clone() for name, tensor in merged.items()}
     for name, tensor in merged.items():
         # NaN passes through both, and nothing of the size of the weight is allocated.

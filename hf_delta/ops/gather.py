@@ -8,9 +8,19 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 
+def is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether a parameter belongs to DeepSpeed ZeRO-3, which takes its memory back where it is whole for a while."""
+    return hasattr(tensor, "ds_id")
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a `DTensor` (FSDP2, tensor parallel) or a parameter that DeepSpeed has partitioned."""
-    return isinstance(tensor, DTensor) or (hasattr(tensor, "ds_id") and tensor.numel() != tensor.ds_numel)
+    return isinstance(tensor, DTensor) or (is_partitioned(tensor) and tensor.numel() != tensor.ds_numel)
+
+
+def full_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape of the whole of a tensor, also of what DeepSpeed has partitioned, without gathering it."""
+    return tensor.ds_shape if is_partitioned(tensor) else tensor.shape
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -40,7 +50,7 @@ def gathered(*tensors: torch.Tensor | None) -> Iterator[None]:
 
     Collective where a parameter is partitioned.
     """
-    partitioned = {id(t): t for t in tensors if t is not None and hasattr(t, "ds_id") and is_sharded(t)}
+    partitioned = {id(t): t for t in tensors if t is not None and is_partitioned(t) and is_sharded(t)}
     if not partitioned:
         yield
         return

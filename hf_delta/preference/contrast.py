@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_delta._compat.kernels import has_triton, head_arguments, scores_function
+from hf_delta._compat.transformers import loaded_whole
 from hf_delta.errors import InputError
 from hf_delta.evaluation.loading import load_model_and_tokenizer
 from hf_delta.evaluation.sampling import undisturbed
@@ -202,7 +203,9 @@ def _lengths(rows: Dataset, column: str) -> np.ndarray:
 
 def _load(path: str | Path, name: str) -> PreTrainedModel | PeftModel:
     try:
-        return load_model_and_tokenizer(path, device=str(PartialState().device))[0]
+        # Each process runs it on rows of its own.
+        with loaded_whole():
+            return load_model_and_tokenizer(path, device=str(PartialState().device))[0]
     except InputError as error:
         raise InputError(f"The {name} contrast model: {error}") from error
 

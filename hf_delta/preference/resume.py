@@ -4,12 +4,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from hf_delta import __version__
 from hf_delta.checkpoint import STATE_FILE, load_state, save_state, steps_of
 from hf_delta.errors import InputError
+from hf_delta.ops.gather import is_partitioned
 from hf_delta.preference.examples import TokenExamples
 from hf_delta.preference.feasible import Multipliers
 from hf_delta.resume import Resumable, check_method, state_of
@@ -60,7 +62,20 @@ class ResumableDPO(Resumable, TokenExamples):
                 "start a new run in another output_dir."
             )
         if self.mask_network is not None:
-            self.mask_network.load_mask_state(_masks(checkpoint / MASK_FILE))
+            self._load_masks(checkpoint / MASK_FILE)
+
+    def _load_masks(self, path: Path) -> None:
+        saved = _masks(path)
+        if not any(map(is_partitioned, self.mask_network.parameters())):
+            self.mask_network.load_mask_state(saved)
+            return
+        # ZeRO-3 has nothing but the partitions that it trains, which it has put back when it loaded its checkpoint.
+        found = self.mask_network.mask_state()
+        if found.keys() != saved.keys() or not all(torch.equal(found[name], saved[name]) for name in saved):
+            raise InputError(
+                f"{path} and the mask network that DeepSpeed has restored differ: files of {path.parent} are damaged or of "
+                "another run. Resume from an earlier checkpoint."
+            )
 
     def load_extra_state(self, checkpoint: Path) -> None:
         self.resumed_step = steps_of(checkpoint)

@@ -11,6 +11,7 @@ from trl import DPOTrainer
 
 from hf_delta._compat.trl_dpo import DataCollatorForPreference
 from hf_delta.errors import InputError
+from hf_delta.ops.gather import full_shape
 from hf_delta.preference import feasible, lists
 from hf_delta.preference.checks import (
     check_contrast,
@@ -95,7 +96,9 @@ class DeltaDPOTrainer(ResumableDPO):
             self._set_up()
 
     def _set_up(self) -> None:
-        check_models(self.plain_model, self.ref_model, self.aux_loss_enabled)
+        # Not `ref_model`, which DeepSpeed has wrapped already.
+        reference = None if self.ref_model is None else self.plain_reference
+        check_models(self.plain_model, reference, self.aux_loss_enabled)
         if self.replaces_loss and not self.accelerator.even_batches and self.accelerator.num_processes > 1:
             raise InputError(
                 "accelerator_config: even_batches: false leaves processes without a batch that others wait for. Remove it."
@@ -148,7 +151,7 @@ class DeltaDPOTrainer(ResumableDPO):
             batch_size=self.args.per_device_eval_batch_size,
             process_index=self.accelerator.process_index,
             num_processes=self.accelerator.num_processes,
-            vocab_size=self.plain_model.get_input_embeddings().weight.shape[0],
+            vocab_size=full_shape(self.plain_model.get_input_embeddings().weight)[0],
             max_length=self.args.max_length,
             truncation_mode=self.args.truncation_mode,
             progress=not self.args.disable_tqdm,
@@ -268,6 +271,8 @@ def set_weight_decay(optimizer: torch.optim.Optimizer, parameters: list[torch.nn
         kept = [parameter for parameter in group["params"] if id(parameter) not in chosen]
         if len(kept) < len(group["params"]):
             like, group["params"] = group, kept
+    # A group that is empty and not the last loses its settings when torch loads a sharded optimizer.
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
     if like is not None:
         rest = {key: value for key, value in like.items() if key not in ("params", "weight_decay")}
         optimizer.add_param_group(rest | {"params": parameters, "weight_decay": decay})

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # trainer: -> (configuration, trainer), as dotted paths so that reading recipes' names imports neither.
 TRAINERS = {
-    "sft": ("trl.SFTConfig", "trl.SFTTrainer"),
+    "sft": ("trl.SFTConfig", "hf_delta.sft.DeltaSFTTrainer"),
     "dpo": ("hf_delta.preference.config.DeltaDPOConfig", "hf_delta.preference.trainer.DeltaDPOTrainer"),
     "grpo": ("hf_delta.rl.config.DeltaGRPOConfig", "hf_delta.rl.trainer.DeltaGRPOTrainer"),
 }

@@ -10,6 +10,7 @@ import torch
 from accelerate.utils import is_peft_model
 from trl import GRPOTrainer
 
+from hf_delta._compat.fsdp import keep_outputs
 from hf_delta._compat.trl import gather_column, gather_rows
 from hf_delta._compat.vllm import vllm_mismatch
 from hf_delta.adapters.stream import check_streamable, has_adapters, merged_weights
@@ -52,7 +53,8 @@ class DeltaGRPOTrainer(ResumableGRPO):
 
     Args:
         *args, **kwargs:
-            As for [`~trl.GRPOTrainer`]. With a plain [`~trl.GRPOConfig`] the trainer behaves like TRL's.
+            As for [`~trl.GRPOTrainer`]. With a plain [`~trl.GRPOConfig`] the trainer behaves like TRL's, but that FSDP2 with
+            mixed precision does not round log-probabilities to it.
         advantage_transforms (`Sequence[AdvantageTransform]`, *optional*):
             Weight rules as objects, in addition to those that the config names by dotted path.
         rollout_allocation (`AllocationRule`, *optional*):
@@ -101,6 +103,12 @@ class DeltaGRPOTrainer(ResumableGRPO):
         self.reward_funcs = [checked_reward(f, n) for f, n in zip(self.reward_funcs, self.reward_func_names)]
         self._saw_rollouts = False
         self._plan: Plan | None = None
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            # Of rounded log-probabilities, no ratio would lie between 1 and 1.016.
+            keep_outputs(self.accelerator.state.fsdp_plugin)
 
     def _set_up_merging(self) -> None:
         if not getattr(self.args, "merged_rollouts", False):

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list
 
 from hf_delta.errors import InputError
 from hf_delta.run.console import OneProcessError
@@ -54,3 +54,13 @@ def naming_the_process() -> Iterator[None]:
         if state.num_processes == 1:
             raise
         raise OneProcessError(f"process {state.process_index}: {error}") from error
+
+
+def parallelism(accelerator: Accelerator) -> str:
+    """How a run is spread over its processes: what Accelerate has made of its configuration, and not what that says."""
+    state, count = accelerator.state, accelerator.num_processes
+    if state.distributed_type == DistributedType.FSDP:
+        return f"FSDP{state.fsdp_plugin.fsdp_version}, {count} processes"
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        return f"ZeRO-{state.deepspeed_plugin.zero_stage}, {count} processes"
+    return "one process" if count == 1 else f"data parallel, {count} processes"

@@ -6,6 +6,7 @@ Each process returns its own dict; `test_two_processes.py` compares them with ea
 from functools import partial
 
 import trl
+from peft import LoraConfig
 from torch.distributed.tensor import DTensor
 
 from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer
@@ -13,6 +14,10 @@ from hf_delta.checkpoint import STATE_FILE, load_state
 from tests.adapters.life import DORA, KINDS
 from tests.distributed import preference
 from tests.distributed.fsdp_on_cpu import FSDP2, fsdp_on_cpu
+from tests.distributed.matrix import CASES as MATRIX
+from tests.distributed.preference_sharded import FAST as PREFERENCE_SHARDED
+from tests.distributed.preference_sharded import untied_world
+from tests.distributed.saving import CASES as SAVING
 from tests.distributed.sharded_adapters import left_whole, sharded_adapter
 from tests.distributed.through_vllm import CASES as VLLM
 from tests.rl.frozen import GENERATIONS, PROMPTS, GradientRecorder, frozen_rollouts
@@ -74,6 +79,12 @@ def frozen_gradient(world, folder, **changes):
         "sharded": trainer.accelerator.is_fsdp2 and all(isinstance(p, DTensor) for p in trainer.model.parameters()),
         "gradient": {n: full(g) for n, g in recorder.gradients[0].items()},
     }
+
+
+def head_gradient(world, folder, **changes):
+    """An adapter, and a head of its own that is trained beside it."""
+    adapter = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    return frozen_gradient(untied_world(world, folder), folder, peft_config=adapter, **changes)
 
 
 def what_a_rule_sees(world, folder):
@@ -183,12 +194,17 @@ CASES = {
     "gdro_resume_exp3": partial(gdro_resume, controller="exp3"),
     "delta_l_fsdp2": under_fsdp2(frozen_gradient),
     "resume_fsdp2": under_fsdp2(resume),
+    "head": head_gradient,
+    "head_fsdp2": under_fsdp2(head_gradient),
     **{f"dpo_{method}": partial(preference.frozen, method=method) for method in preference.METHODS},
     "dpo_evaluated": preference.evaluated,
     "dpo_features_off": preference.features_off,
     "dpo_resume": preference.resumed,
+    **PREFERENCE_SHARDED,
     **{f"fully_shard_{kind}": partial(sharded_adapter, kind=kind) for kind in [*KINDS, *DORA]},
     "left_whole_bone": partial(left_whole, kind="bone"),
     "left_whole_dora": partial(left_whole, kind="dora"),
+    **SAVING,
     **VLLM,
+    **MATRIX,
 }

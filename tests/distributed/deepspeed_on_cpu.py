@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3 on two CPU processes, for tests only; `DS_ACCELERATOR=cpu` in the environment.
+"""DeepSpeed ZeRO on two CPU processes, for tests only; `DS_ACCELERATOR=cpu` in the environment.
 
 Accelerate leaves DeepSpeed out on a CPU, and without `use_cpu` finds no device and starts no process group; everything
 behind that works on gloo.
@@ -13,25 +13,28 @@ from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 
 
-# With the defaults, weights of this size would stay gathered for ever after the first step, and nothing would be proven.
-ZERO3 = {
-    "zero_optimization": {
-        "stage": 3,
-        "overlap_comm": False,
-        "contiguous_gradients": False,
-        "stage3_gather_16bit_weights_on_model_save": True,
-        "stage3_param_persistence_threshold": 0,
-        "stage3_model_persistence_threshold": 0,
-        "stage3_max_live_parameters": 0,
-        "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": 0,
-    },
-    "train_micro_batch_size_per_gpu": "auto",
-    "train_batch_size": "auto",
-    "gradient_accumulation_steps": "auto",
-    "gradient_clipping": "auto",
-    "zero_allow_untested_optimizer": True,
-}
+def zero(stage):
+    """The contents of a DeepSpeed configuration file."""
+    settings = {"stage": stage, "overlap_comm": False, "contiguous_gradients": False}
+    if stage == 3:
+        # With the defaults, weights of this size would stay gathered for ever after the first step, and nothing would
+        # be proven.
+        settings |= {
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_model_persistence_threshold": 0,
+            "stage3_max_live_parameters": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": 0,
+        }
+    return {
+        "zero_optimization": settings,
+        "train_micro_batch_size_per_gpu": "auto",
+        "train_batch_size": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+    }
 
 
 @contextmanager

@@ -94,9 +94,12 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
             `InputError`: its tensors cannot be right for this layer.
         """
         own = {f"{name}.{adapter}" for name in (*self.adapter_layer_names, *self.other_param_names)}
-        # Not from state_dict, which under FSDP2 puts a layer back into shards in the middle of its forward.
-        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            if name.removesuffix(".weight") in own and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # Not from state_dict, which under FSDP2 puts a layer back into shards in the middle of its forward; and each by its
+        # name, because ZeRO-3 gathers in a forward what an attribute is read for, and leaves it empty in an iteration.
+        found = [(n, self.get_parameter(n)) for n, _ in self.named_parameters() if n.removesuffix(".weight") in own]
+        found += [(n, tensor) for n, tensor in self.named_buffers() if n in own]
+        for name, tensor in found:
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise InputError(
                     f"adapter {adapter!r}: {name} holds NaN or infinite values, so the file that it came from is broken "
                     "or training diverged; go back to an earlier checkpoint."

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from hf_delta._compat.peft import BufferDict
+from hf_delta._compat.peft import SavedBuffers
 from hf_delta.adapters.base import AdapterWeight, DeltaLinear
 from hf_delta.adapters.edora.config import EdoraConfig
 from hf_delta.adapters.edora.functions import (
@@ -66,9 +66,9 @@ class EdoraLinear(DeltaLinear):
     def create_attributes(self) -> None:
         self.hfd_edora_core = nn.ModuleDict()
         self.hfd_edora_magnitude = nn.ModuleDict()
-        self.hfd_edora_left = BufferDict(persistent=True)
-        self.hfd_edora_right = BufferDict(persistent=True)
-        self.hfd_edora_norm = BufferDict(persistent=True)
+        self.hfd_edora_left = SavedBuffers()
+        self.hfd_edora_right = SavedBuffers()
+        self.hfd_edora_norm = SavedBuffers()
         self.hfd_edora_scaling: dict[str, float] = {}
         self.hfd_edora_dropout: dict[str, float] = {}
         self.hfd_edora_source: dict[str, tuple] = {}

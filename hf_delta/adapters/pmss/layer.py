@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
 
-from hf_delta._compat.peft import BufferDict
+from hf_delta._compat.peft import SavedBuffers
 from hf_delta._compat.torch import write_count
 from hf_delta.adapters.base import AdapterWeight, DeltaLinear
 from hf_delta.adapters.pmss.cache import cached_selection
@@ -68,11 +68,11 @@ class PmssLinear(DeltaLinear):
 
     def create_attributes(self) -> None:
         self.hfd_pmss_core = nn.ModuleDict()
-        self.hfd_pmss_rows = BufferDict(persistent=True)
-        self.hfd_pmss_columns = BufferDict(persistent=True)
+        self.hfd_pmss_rows = SavedBuffers()
+        self.hfd_pmss_columns = SavedBuffers()
         # Mean norm of `C`, that of `R`, whether `W` is quantised, and `skeleton_probes`: float64, as the integers with
         # the same bits, because PEFT casts buffers of floating point to the dtype of the base.
-        self.hfd_pmss_record = BufferDict(persistent=True)
+        self.hfd_pmss_record = SavedBuffers()
         self.hfd_pmss_settings: dict[str, Settings] = {}
         self.hfd_pmss_scaling: dict[str, float] = {}
         self.hfd_pmss_gathered: dict[str, Gathered] = {}

@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_delta.errors import InputError
-from hf_delta.ops.gather import full_tensor, gathered, is_sharded
+from hf_delta.ops.gather import full_tensor, gathered, into_shards, is_sharded
 from hf_delta.ops.norms import widened
 
 
@@ -49,6 +49,7 @@ class HiddenStateModule(nn.Module):
             `InputError`: the state is of another network: it lacks parameters, or has others, or other shapes.
             `RuntimeError`: DeepSpeed ZeRO-3 has partitioned the parameters; load them before.
         """
+        into_shards(*self.modules())
         named = dict(self.named_parameters())
         for what, names in (("lacks", named.keys() - state.keys()), ("has", state.keys() - named.keys())):
             if names:

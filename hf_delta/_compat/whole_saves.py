@@ -1,0 +1,95 @@
+"""Private names of transformers: adapters and models are saved whole, also where checkpoints are sharded."""
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import Trainer
+
+from hf_delta._compat.fsdp import check_trained_whole
+from hf_delta.errors import InputError
+from hf_delta.ops.gather import full_tensor
+
+
+# Parameters of each private method that is overridden or called, as of transformers 5.17 to 5.23.
+SEAMS: dict[str, tuple[str, ...]] = {
+    "_save": ("self", "output_dir", "state_dict"),
+    "_save_checkpoint": ("self", "model", "trial"),
+}
+
+
+class WholeSaves(Trainer):
+    """Mixin that stands before the trainer among the bases, for FSDP with `SHARDED_STATE_DICT`.
+
+    transformers' `save_model` writes nothing there, and checkpoints hold shards that only a sharded run of the same kind can
+    read. With this, an adapter is gathered into every checkpoint and by `save_model`; a model without one by `save_model`
+    alone. Whatever is saved otherwise is what transformers saves.
+    """
+
+    in_checkpoint = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """
+        Raises:
+            `InputError`: of this run nothing could be loaded: FSDP of version 1, an adapter under FSDP's own activation
+                checkpointing, or ZeRO-3 that may not gather a model; or FSDP could not shard it, see [`check_trained_whole`].
+        """
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+            raise InputError(
+                "FSDP version 1: adapters read weights that it takes apart, and it is deprecated. Write fsdp_version: 2 in the "
+                "configuration of accelerate, or version: 2 in fsdp_config."
+            )
+        if self.is_fsdp_enabled and is_peft_model(self.model):
+            check_trained_whole(self.model)
+            if self.accelerator.state.fsdp_plugin.activation_checkpointing:
+                # It renames modules, by whose names PEFT looks for what is to be saved, and finds nothing.
+                raise InputError(
+                    "Activation checkpointing by FSDP: PEFT would save an adapter without a single tensor. Write "
+                    "fsdp_activation_checkpointing: false in the configuration of accelerate, and gradient_checkpointing: true "
+                    "in the recipe."
+                )
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            zero = self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+            if not is_peft_model(self.model) and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+                raise InputError(
+                    "ZeRO-3 would save shards instead of a model. Write zero3_save_16bit_model: true in the configuration of "
+                    "accelerate, or stage3_gather_16bit_weights_on_model_save: true in that of DeepSpeed."
+                )
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As [`~transformers.Trainer.save_model`]. Collective."""
+        if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
+            # Before super(), which writes nothing and may push what is there to the Hub.
+            if is_peft_model(self.model):
+                self._save(output_dir, state_dict=adapter_state_dict(self.model))
+            elif not self.in_checkpoint:
+                self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.in_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.in_checkpoint = False
+
+
+def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
+    """What PEFT saves of all adapters of a model, on the CPU and under the model's names. Collective.
+
+    Base weights are gathered only if PEFT saves them, and one tensor at a time.
+    """
+    shards = model.state_dict()
+    saved = [get_peft_model_state_dict(model, state_dict=shards, adapter_name=name) for name in model.peft_config]
+    wanted, known = (
+        {id(value) for state in saved for value in state.values()},
+        {id(value) for value in shards.values()},
+    )
+    if not wanted <= known:
+        # A method that computes what it saves (AdaLoRA prunes ranks) does so again from whole tensors.
+        wanted = known
+    return {
+        name: full_tensor(value).cpu() if isinstance(value, torch.Tensor) else value
+        for name, value in shards.items()
+        if id(value) in wanted
+    }
