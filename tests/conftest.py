@@ -21,6 +21,8 @@ TESTS = Path(__file__).parent
 FIRST = ("distributed", "test_train.py")
 
 
+# Before the hook of pytest-xdist, which reads the marks.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Give all tests of a file to one worker, for their fixtures, and all of `tests/distributed`, for their launch."""
     for item in items:

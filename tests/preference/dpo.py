@@ -62,16 +62,18 @@ def lora(dropout=0.0, **changes):
 
 
 def build(world, out, cls=DeltaDPOTrainer, config_cls=DeltaDPOConfig, rows=None, model=None, **changes):
-    """A trainer of a fresh model, or of a `model` or what a function without arguments gives; rows are pairs, or lists for a list loss."""
+    """A trainer of a fresh model, or of `model`, which may be a function that gives it; rows are pairs, or lists for a list loss."""
     given = ("callbacks", "peft_config", "eval_dataset", "ref_model", "data_collator", "compute_metrics")
     kwargs = {key: changes.pop(key) for key in given if key in changes}
     args = config(out, config_cls, **changes)
     if rows is None:
         rows = list_rows() if getattr(args, "uses_lists", False) else pair_rows()
     rows = Dataset.from_list(rows) if isinstance(rows, list) else rows
-    if not isinstance(model, torch.nn.Module):
-        # Only now: a configuration with ZeRO-3 or FSDP changes how models are loaded.
-        model = AutoModelForCausalLM.from_pretrained(world) if model is None else model()
+    # Only now: a configuration with ZeRO-3 or FSDP changes how models are loaded.
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(world)
+    elif not isinstance(model, str | torch.nn.Module):
+        model = model()
     tokenizer = AutoTokenizer.from_pretrained(world)
     return cls(model, args=args, train_dataset=rows, processing_class=tokenizer, **kwargs)
 
