@@ -16,20 +16,25 @@ from hf_delta.playground import build_playground  # noqa: E402
 
 torch.set_num_threads(1)
 
-TESTS = Path(__file__).parent
 # They start processes and take longest: first, so that the two workers of pytest end together.
 FIRST = ("distributed", "test_train.py")
 
 
-# Before the hook of pytest-xdist, which reads the marks.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: item.path.relative_to(tests).parts[0] not in FIRST)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
     """Give all tests of a file to one worker, for their fixtures, and all of `tests/distributed`, for their launch."""
-    for item in items:
-        path = item.path.relative_to(TESTS)
-        group = path.parts[0] if path.parts[0] == "distributed" else path.as_posix()
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.path.relative_to(TESTS).parts[0] not in FIRST)
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return "distributed" if nodeid.startswith("tests/distributed/") else super()._split_scope(nodeid)
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
