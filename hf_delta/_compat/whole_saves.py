@@ -61,7 +61,7 @@ class WholeSaves(Trainer):
         if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             # Before super(), which writes nothing and may push what is there to the Hub.
             if is_peft_model(self.model):
-                self._save_whole(output_dir, adapter_state_dict(self.model))
+                self._save_whole(output_dir, adapter_state_dict(self.model, keep=self.args.should_save))
             elif not self.in_checkpoint:
                 self._save_whole(output_dir, self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
@@ -79,10 +79,14 @@ class WholeSaves(Trainer):
             self.in_checkpoint = False
 
 
-def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
+def adapter_state_dict(model: PeftModel, keep: bool = True) -> dict[str, torch.Tensor]:
     """What PEFT saves of all adapters of a model, on the CPU and under the model's names. Collective.
 
     Base weights are gathered only if PEFT saves them, and one tensor at a time.
+
+    Args:
+        model (`PeftModel`): Sharded or not.
+        keep (`bool`, *optional*, defaults to `True`): Whether this process wants the tensors, and not only helps to gather them.
     """
     shards = model.state_dict()
     saved = [get_peft_model_state_dict(model, state_dict=shards, adapter_name=name) for name in model.peft_config]
@@ -95,7 +99,10 @@ def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
         wanted = known
     # Of the first process, which writes: PEFT may ask the Hub whether embeddings were resized, and not all may get an answer.
     (names,) = broadcast_object_list([[name for name, value in shards.items() if id(value) in wanted]])
-    return {
-        name: full_tensor(value).cpu() if isinstance(value, torch.Tensor) else value
-        for name, value in ((name, shards[name]) for name in names)
-    }
+    found = {}
+    for name in names:
+        value = shards[name]
+        whole = full_tensor(value) if isinstance(value, torch.Tensor) else value
+        if keep:
+            found[name] = whole.cpu() if isinstance(whole, torch.Tensor) else whole
+    return found

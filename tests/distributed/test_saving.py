@@ -201,6 +201,15 @@ def test_the_first_process_says_what_is_gathered(world, monkeypatch):
     assert list(adapter_state_dict(model)) == names
 
 
+def test_only_who_writes_keeps_what_all_gather(world, monkeypatch):
+    """A trained head in the memory of each process of a machine would be as much as a model."""
+    model, gathered = get_peft_model(AutoModelForCausalLM.from_pretrained(world), LoraConfig(r=4)), []
+    monkeypatch.setattr(whole_saves, "full_tensor", lambda tensor: gathered.append(tensor) or tensor)
+    assert adapter_state_dict(model, keep=False) == {}
+    found = len(gathered)
+    assert found == len(adapter_state_dict(model)) > 0
+
+
 def test_only_what_is_saved_is_gathered(world):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(world), LoraConfig(target_modules=["q_proj"]))
     model.add_adapter("other", LoraConfig(target_modules=["v_proj"], modules_to_save=["norm"]))
