@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from hf_delta._compat import peft as compat
 from tests.adapters.life import KINDS, adapted, base_model, logits
 
 
@@ -27,14 +26,3 @@ def test_saved_buffers_outlast_the_meta_device(kind):
         name: value.tolist() for name, value in saved.items()
     }
     assert torch.equal(logits(model), expected)
-
-
-def test_saved_buffers_are_sent_in_one_piece(monkeypatch):
-    """As NCCL wants them."""
-    buffers, sent = compat.SavedBuffers(), []
-    buffers["default"] = torch.arange(6.0).view(2, 3).T
-    buffers.to("meta")
-    monkeypatch.setattr(compat, "broadcast", lambda value: sent.append(value) or value)
-    buffers.load_state_dict({}, assign=True)
-    assert [value.is_contiguous() for value in sent] == [True]
-    assert buffers["default"].tolist() == [[0, 3], [1, 4], [2, 5]]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_delta import DeltaSFTTrainer, InputError
+from hf_delta._compat import peft as compat
 from hf_delta._compat import whole_saves
 from hf_delta._compat.whole_saves import adapter_state_dict
 from hf_delta.checkpoint import written_under
@@ -215,3 +216,14 @@ def test_only_what_is_saved_is_gathered(world):
     model.add_adapter("other", LoraConfig(target_modules=["v_proj"], modules_to_save=["norm"]))
     found = adapter_state_dict(model)
     assert set(found) == {n for n in model.state_dict() if "lora_" in n or "modules_to_save.other" in n}
+
+
+def test_saved_buffers_are_sent_in_one_piece(monkeypatch):
+    """As NCCL wants them."""
+    buffers, sent = compat.SavedBuffers(), []
+    buffers["default"] = torch.arange(6.0).view(2, 3).T
+    buffers.to("meta")
+    monkeypatch.setattr(compat, "broadcast", lambda value: sent.append(value) or value)
+    buffers.load_state_dict({}, assign=True)
+    assert [value.is_contiguous() for value in sent] == [True]
+    assert buffers["default"].tolist() == [[0, 3], [1, 4], [2, 5]]
