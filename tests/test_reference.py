@@ -1,6 +1,8 @@
 """The reference of a trained adapter is that adapter, whatever the method: the first DPO loss is log 2, the first KL 0."""
 
 import math
+import os
+from contextlib import nullcontext
 
 import peft
 import pytest
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_delta import DeltaDPOTrainer, DeltaGRPOConfig, DeltaGRPOTrainer
 from hf_delta._compat.reference import REFERENCE, ReferenceRepair, copy_adapter, has_reference
+from hf_delta._compat.transformers import EMPTYING
 from hf_delta._compat.trl import GRPOHooks
 from hf_delta.errors import InputError
 from tests.adapters.life import KINDS, config_of
@@ -229,6 +232,37 @@ def test_a_missing_tensor_is_refused_with_the_place(world):
         InputError, match=r"q_proj\.miss_block: its weight is in one of the two only.*merge_and_unload"
     ):
         copy_adapter(model, "default", "ref")
+
+
+# -- a model of its own ---------------------------------------------------------------------------------------------
+def with_reference(name, world, out):
+    """A trainer that reads policy and reference from a path."""
+    if name == "dpo":
+        args = trl.DPOConfig(str(out), **SETTINGS)
+        return DeltaDPOTrainer(world, args=args, train_dataset=Dataset.from_list(ROWS))
+    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS])
+    args = DeltaGRPOConfig(str(out), beta=0.1, num_generations=2, max_completion_length=4, **SETTINGS)
+    return DeltaGRPOTrainer(world, frozen_reward, args, prompts)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("name", ["dpo", "grpo"])
+def test_a_reference_is_loaded_with_its_weights_in_every_process(world, tmp_path, monkeypatch, name, fails):
+    """Not as Accelerate has a policy loaded, which it sends to all processes, where the first one alone has weights."""
+    module, seen = {"dpo": trl.trainer.dpo_trainer, "grpo": trl.trainer.grpo_trainer}[name], []
+    create = module.create_model_from_path
+
+    def load(*args, **kwargs):
+        seen.append(os.environ.get(EMPTYING))
+        if fails and len(seen) == 2:
+            raise OSError("no such model")
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(module, "create_model_from_path", load)
+    monkeypatch.setenv(EMPTYING, "true")
+    with pytest.raises(OSError) if fails else nullcontext():
+        with_reference(name, world, tmp_path)
+    assert seen == ["true", None] and os.environ[EMPTYING] == "true"
 
 
 # -- the seam -------------------------------------------------------------------------------------------------------

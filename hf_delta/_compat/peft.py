@@ -138,7 +138,8 @@ class SavedBuffers(BufferDict):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
         for name, value in self.aside.items():
             if prefix + name not in state_dict:
-                state_dict[prefix + name] = broadcast(value.to(PartialState().device))
+                # NCCL takes no other layout, and what comes out of a factorisation may be transposed.
+                state_dict[prefix + name] = broadcast(value.to(PartialState().device).contiguous())
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
         self.aside = {name: value for name, value in self.aside.items() if self[name].is_meta}
 

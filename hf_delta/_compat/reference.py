@@ -5,8 +5,11 @@ in their names. PEFT keeps many adapters in dictionaries of parameters, whose na
 copied, "ref" stays at its initialisation, and the policy is held to the base model without a word. Buffers and tables
 of indices are left out too. [`ReferenceRepair`] copies all of it, and [`base_kept`] keeps the new adapter from changing
 the policy.
+
+And a reference that is a model of its own is loaded whole, see [`only_policy_is_emptied`].
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +22,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_delta._compat.peft import BufferDict
+from hf_delta._compat.transformers import EMPTYING
 from hf_delta.errors import InputError
 
 
@@ -48,6 +52,24 @@ class ReferenceRepair(Trainer):
         if has_reference(model):
             copy_adapter(model, POLICY, REFERENCE)
         super().__init__(model, *args, **kwargs)
+        # The policy is loaded by now, and the reference is not.
+        self.emptying = os.environ.pop(EMPTYING, None)
+
+
+@contextmanager
+def only_policy_is_emptied(trainer: ReferenceRepair) -> Iterator[None]:
+    """
+    While TRL's constructor runs: every process loads the whole reference, with `fsdp_cpu_ram_efficient_loading` too.
+
+    With it, transformers up to version 5.17 at least gives weights to the first process alone. Accelerate sends those of the
+    policy to the others, and nobody sends those of the reference: TRL 1.16 shards what each process has, which is zeros.
+    """
+    trainer.emptying = None
+    try:
+        yield
+    finally:
+        if trainer.emptying is not None:
+            os.environ[EMPTYING] = trainer.emptying
 
 
 @contextmanager

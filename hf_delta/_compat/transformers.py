@@ -12,8 +12,8 @@ from transformers.integrations import deepspeed
 # Parameters of each private method that is called, as of transformers 5.17 to 5.23.
 SEAMS: dict[str, tuple[str, ...]] = {"_load_from_checkpoint": ("self", "resume_from_checkpoint", "model")}
 
-# Accelerate's word to transformers that only the first process needs weights.
-_EMPTYING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+# Accelerate's word to transformers that only the first process of each machine needs weights.
+EMPTYING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
 def load_checkpoint(trainer: Trainer, checkpoint: str | Path) -> None:
@@ -32,10 +32,10 @@ def loaded_whole() -> Iterator[None]:
     Those are ways to load the model that is trained, which all processes call together.
     """
     partitioning, deepspeed._hf_deepspeed_config_weak_ref = deepspeed._hf_deepspeed_config_weak_ref, None
-    emptying = os.environ.pop(_EMPTYING, None)
+    emptying = os.environ.pop(EMPTYING, None)
     try:
         yield
     finally:
         deepspeed._hf_deepspeed_config_weak_ref = partitioning
         if emptying is not None:
-            os.environ[_EMPTYING] = emptying
+            os.environ[EMPTYING] = emptying

@@ -14,7 +14,7 @@ from trl.trainer.utils import use_adapter
 
 from hf_delta._compat.fsdp import keep_outputs, unshard_trained_head
 from hf_delta._compat.kernels import head_arguments
-from hf_delta._compat.reference import REFERENCE, ReferenceRepair, base_kept
+from hf_delta._compat.reference import REFERENCE, ReferenceRepair, base_kept, only_policy_is_emptied
 from hf_delta._compat.token_head import MASK_NETWORK, add_token_head, head_of_adapter
 from hf_delta._compat.trl import require_supported_trl
 from hf_delta._compat.trl_lists import prepare_lists
@@ -73,7 +73,7 @@ class DPOHooks(ExtraState, DPOTrainer, ReferenceRepair):
     extra_columns: tuple[str, ...] = ()
 
     def __init__(self, model, *args, **kwargs):
-        with base_kept(model):
+        with base_kept(model), only_policy_is_emptied(self):
             super().__init__(model, *args, **kwargs)
         unshard_trained_head(self.model)
 

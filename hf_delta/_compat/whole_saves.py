@@ -1,7 +1,7 @@
 """Private names of transformers: adapters and models are saved whole, also where checkpoints are sharded."""
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import broadcast_object_list, is_peft_model
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import Trainer
 
@@ -61,10 +61,15 @@ class WholeSaves(Trainer):
         if self.is_fsdp_enabled and "SHARDED" in str(self.accelerator.state.fsdp_plugin.state_dict_type):
             # Before super(), which writes nothing and may push what is there to the Hub.
             if is_peft_model(self.model):
-                self._save(output_dir, state_dict=adapter_state_dict(self.model))
+                self._save_whole(output_dir, adapter_state_dict(self.model, keep=self.args.should_save))
             elif not self.in_checkpoint:
-                self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+                self._save_whole(output_dir, self.accelerator.get_state_dict(self.model))
         super().save_model(output_dir, _internal_call)
+
+    def _save_whole(self, output_dir: str | None, state_dict: dict[str, torch.Tensor]) -> None:
+        # Up to version 5.17 at least, transformers asks before it calls `_save`, which does not ask again.
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state_dict)
 
     def _save_checkpoint(self, model, trial) -> None:
         self.in_checkpoint = True
@@ -74,10 +79,14 @@ class WholeSaves(Trainer):
             self.in_checkpoint = False
 
 
-def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
+def adapter_state_dict(model: PeftModel, keep: bool = True) -> dict[str, torch.Tensor]:
     """What PEFT saves of all adapters of a model, on the CPU and under the model's names. Collective.
 
     Base weights are gathered only if PEFT saves them, and one tensor at a time.
+
+    Args:
+        model (`PeftModel`): Sharded or not.
+        keep (`bool`, *optional*, defaults to `True`): Whether this process wants the tensors, and not only helps to gather them.
     """
     shards = model.state_dict()
     saved = [get_peft_model_state_dict(model, state_dict=shards, adapter_name=name) for name in model.peft_config]
@@ -88,8 +97,12 @@ def adapter_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
     if not wanted <= known:
         # A method that computes what it saves (AdaLoRA prunes ranks) does so again from whole tensors.
         wanted = known
-    return {
-        name: full_tensor(value).cpu() if isinstance(value, torch.Tensor) else value
-        for name, value in shards.items()
-        if id(value) in wanted
-    }
+    # Of the first process, which writes: PEFT may ask the Hub whether embeddings were resized, and not all may get an answer.
+    (names,) = broadcast_object_list([[name for name, value in shards.items() if id(value) in wanted]])
+    found = {}
+    for name in names:
+        value = shards[name]
+        whole = full_tensor(value) if isinstance(value, torch.Tensor) else value
+        if keep:
+            found[name] = whole.cpu() if isinstance(whole, torch.Tensor) else whole
+    return found

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_delta import DeltaSFTTrainer, InputError
+from hf_delta._compat import peft as compat
+from hf_delta._compat import whole_saves
 from hf_delta._compat.whole_saves import adapter_state_dict
 from hf_delta.checkpoint import written_under
 from tests.distributed.saving import IDS, SAVED_AT, STEPS, build, files
@@ -172,8 +174,56 @@ def test_what_a_method_computes_to_be_saved_is_computed_from_everything(world):
     assert {value.shape[0] for name, value in expected.items() if "lora_A" in name} == {2}
 
 
+@pytest.mark.parametrize("writes", [True, False])
+@pytest.mark.parametrize("adapter", [True, False])
+def test_one_process_writes_what_all_have_gathered(world, monkeypatch, adapter, writes):
+    """With a `_save` that writes in every process, which transformers 5.17 has."""
+    written = []
+    monkeypatch.setattr(Trainer, "_save", lambda self, output_dir, state_dict: written.append(set(state_dict)))
+    model = AutoModelForCausalLM.from_pretrained(world)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if adapter else model
+    trainer = object.__new__(DeltaSFTTrainer)
+    plugin = SimpleNamespace(state_dict_type="StateDictType.SHARDED_STATE_DICT")
+    trainer.accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), get_state_dict=lambda model: model.state_dict()
+    )
+    trainer.model, trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = model, True, False
+    trainer.args = SimpleNamespace(should_save=writes, output_dir="unused", push_to_hub=False)
+    trainer.save_model()
+    everything = {name for name in model.state_dict() if not adapter or "lora_" in name}
+    assert written == [everything] * writes
+
+
+def test_the_first_process_says_what_is_gathered(world, monkeypatch):
+    """What PEFT saves may hang on an answer from the Hub, and processes that gather different tensors wait for ever."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(world), LoraConfig(target_modules=["q_proj"]))
+    names = [name for name in model.state_dict() if "lora_" in name or "embed_tokens" in name]
+    monkeypatch.setattr(whole_saves, "broadcast_object_list", lambda mine: [names])
+    assert list(adapter_state_dict(model)) == names
+
+
+def test_only_who_writes_keeps_what_all_gather(world, monkeypatch):
+    """A trained head in the memory of each process of a machine would be as much as a model."""
+    model, gathered = get_peft_model(AutoModelForCausalLM.from_pretrained(world), LoraConfig(r=4)), []
+    monkeypatch.setattr(whole_saves, "full_tensor", lambda tensor: gathered.append(tensor) or tensor)
+    assert adapter_state_dict(model, keep=False) == {}
+    found = len(gathered)
+    assert found == len(adapter_state_dict(model)) > 0
+
+
 def test_only_what_is_saved_is_gathered(world):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(world), LoraConfig(target_modules=["q_proj"]))
     model.add_adapter("other", LoraConfig(target_modules=["v_proj"], modules_to_save=["norm"]))
     found = adapter_state_dict(model)
     assert set(found) == {n for n in model.state_dict() if "lora_" in n or "modules_to_save.other" in n}
+
+
+def test_saved_buffers_are_sent_in_one_piece(monkeypatch):
+    """As NCCL wants them."""
+    buffers, sent = compat.SavedBuffers(), []
+    buffers["default"] = torch.arange(6.0).view(2, 3).T
+    buffers.to("meta")
+    monkeypatch.setattr(compat, "broadcast", lambda value: sent.append(value) or value)
+    buffers.load_state_dict({}, assign=True)
+    assert [value.is_contiguous() for value in sent] == [True]
+    assert buffers["default"].tolist() == [[0, 3], [1, 4], [2, 5]]
