@@ -81,7 +81,10 @@ def test_masks_that_deepspeed_has_restored_are_those_of_the_file(partition, tmp_
     torch.manual_seed(1)
     other = SparsePOWeights(net="simple", layers="all", sharing="independent", dropout=0.0).network(8, 2)
     save_file(network.mask_state(), tmp_path / MASK_FILE)
-    load = ResumableDPO._load_masks
-    load(SimpleNamespace(mask_network=partition(network)), tmp_path / MASK_FILE)
-    with pytest.raises(InputError, match="the mask network that DeepSpeed has restored differ"):
-        load(SimpleNamespace(mask_network=partition(other)), tmp_path / MASK_FILE)
+    load, trainer = ResumableDPO._load_masks, SimpleNamespace(mask_network=partition(network))
+    load(trainer, tmp_path / MASK_FILE)
+    state = network.mask_state()
+    for saved in (other.mask_state(), dict(list(state.items())[1:]), state | {"another.weight": torch.zeros(1)}):
+        save_file(saved, tmp_path / MASK_FILE)
+        with pytest.raises(InputError, match="the mask network that DeepSpeed has restored differ"):
+            load(trainer, tmp_path / MASK_FILE)
