@@ -52,5 +52,5 @@ def keep_outputs(plugin: FullyShardedDataParallelPlugin) -> None:
     With mixed precision, Accelerate has it rounded to the dtype of the computation: log-probabilities of -3 nats to steps of
     1/64 in bfloat16, and differences between policy and reference with them.
     """
-    if plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+    if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, output_dtype=None)

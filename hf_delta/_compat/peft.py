@@ -123,11 +123,7 @@ class SavedBuffers(BufferDict):
     def _apply(self, fn, *args, **kwargs):
         before = dict(self.items())
         super()._apply(fn, *args, **kwargs)
-        for name, value in before.items():
-            if not self[name].is_meta:
-                self.aside.pop(name, None)
-            elif not value.is_meta:
-                self.aside[name] = value
+        self.aside |= {name: value for name, value in before.items() if self[name].is_meta and not value.is_meta}
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

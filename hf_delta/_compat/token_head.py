@@ -92,10 +92,7 @@ def add_token_head(
 
 def _alike(heads: dict, own: torch.Tensor) -> dict:
     """The head of a reference that FSDP2 has sharded, in the dtype in which it gives the policy's inside of its forward."""
-    return {
-        name: value.to(own.dtype) if isinstance(value, DTensor) and not isinstance(own, DTensor) else value
-        for name, value in heads.items()
-    }
+    return {name: value.to(own.dtype) if isinstance(value, DTensor) else value for name, value in heads.items()}
 
 
 def _scores(hidden, labels, ref_hidden, heads: dict, logps_kernel: str, training: bool) -> dict[str, torch.Tensor]:

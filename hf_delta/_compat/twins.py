@@ -44,7 +44,7 @@ class _Twins:
         new = self.modules[id(old)] = object.__new__(type(old))
         state = vars(new)
         for name, value in vars(old).items():
-            if name not in (*_HOOKS, *_REGISTRIES, "forward"):
+            if name not in (*_REGISTRIES, "forward"):
                 state[name] = value.copy() if isinstance(value, (dict, list, set)) else value
         state |= {name: _FRESH[name].copy() for name in _HOOKS}
         # DeepSpeed has a dictionary of its own in the place of this one, which gathers what is taken out of it.

@@ -492,11 +492,13 @@ def test_broken_files_are_refused_before_anything_is_computed(kind, tmp_path, ba
     adapted(kind, loaded(base_dir)).save_pretrained(tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     tensors = load_file(path)
-    broken = next(n for n, t in tensors.items() if "hfd_" in n and t.is_floating_point())
-    tensors[broken].view(-1)[0] = float("nan")
-    save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(InputError, match="holds NaN or infinite values"):
-        logits(PeftModel.from_pretrained(loaded(base_dir), tmp_path))
+    kinds = {n.rpartition("hfd_")[2]: n for n, t in tensors.items() if "hfd_" in n and t.is_floating_point()}
+    for broken in kinds.values():
+        changed = tensors[broken].clone()
+        changed.view(-1)[0] = float("nan")
+        save_file({**tensors, broken: changed}, path, {"format": "pt"})
+        with pytest.raises(InputError, match="holds NaN or infinite values"):
+            logits(PeftModel.from_pretrained(loaded(base_dir), tmp_path))
 
 
 @every_kind

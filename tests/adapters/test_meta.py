@@ -1,5 +1,7 @@
 """The way of a model through the meta device, on which Accelerate shards it for `fsdp_cpu_ram_efficient_loading`."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -26,3 +28,28 @@ def test_saved_buffers_outlast_the_meta_device(kind):
         name: value.tolist() for name, value in saved.items()
     }
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith(("pmss", "edora"))])
+def test_saved_buffers_come_back_however_a_model_is_filled(kind):
+    """Sent there twice, not reached by a load that does not assign, and made empty elsewhere before it is loaded."""
+    model = adapted(kind)
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    parameters = {name: saved[name] for name in names}
+    model.to("meta").to("meta")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+        model.load_state_dict(parameters)
+    assert model.state_dict().keys() == names and all(value.is_meta for value in model.state_dict().values())
+    model.to_empty(device="cpu").load_state_dict(parameters)
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    assert model.state_dict().keys() == saved.keys()
+
+
+def test_saved_buffers_of_a_file_are_taken():
+    model = adapted("pmss")
+    saved = {name: value + 1 for name, value in model.state_dict().items()}
+    model.to("meta").load_state_dict(saved, assign=True)
+    assert model.state_dict().keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())

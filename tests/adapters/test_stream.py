@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from hf_delta._compat.bitsandbytes import dequantised_weight
+from hf_delta._compat.twins import twin
 from hf_delta.adapters.dora import fast_dora
 from hf_delta.adapters.stream import merged_weights
 from hf_delta.errors import InputError
@@ -363,3 +364,21 @@ def test_memory_that_is_not_there():
     layer.get_delta_weight = fail
     with everything_stays(model), pytest.raises(torch.OutOfMemoryError):
         list(merged_weights(model))
+
+
+def test_a_layer_that_merges_without_a_word_and_without_effect(monkeypatch):
+    model = model_of("lora", torch.float32)
+    monkeypatch.setattr(peft.tuners.lora.layer.Linear, "merge", lambda self, *args, **kwargs: None)
+    with pytest.raises(InputError, match=r"\(lora Linear\) does not merge"):
+        list(merged_weights(model))
+
+
+def test_a_twin_ties_what_is_tied_and_computes_as_its_class_does():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight, model[0].forward = model[0].weight, lambda x: x
+    asked = []
+    copied = twin(model, lambda p: asked.append(p) or nn.Parameter(p.detach().clone()))
+    assert len(asked) == len({id(p) for p in asked}) == 3
+    assert copied[0].weight is copied[1].weight is not model[0].weight
+    x = torch.ones(1, 3)
+    assert torch.equal(copied[0](x), nn.functional.linear(x, model[0].weight, model[0].bias))

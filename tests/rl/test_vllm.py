@@ -15,9 +15,11 @@ import torch
 import trl
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import import_utils
+from trl.generation import vllm_generation
 
 from hf_delta import DeltaGRPOConfig, DeltaGRPOTrainer, InputError
 from hf_delta._compat.bitsandbytes import dequantised_weight
+from hf_delta._compat.trl_vllm import dense_engine
 from hf_delta._compat.vllm import SUPPORTED_VLLM, vllm_mismatch
 from hf_delta.adapters.dora import fast_dora
 from hf_delta.rl.allocation import RolloutGDRO
@@ -336,6 +338,21 @@ def test_a_quantised_base_goes_out_dense(world, tmp_path, bits):
     assert layer.get_delta_weight("default").abs().max() > 1e-3
     now = dict(trainer.model.named_parameters())
     assert all(torch.equal(now[name], value) for name, value in base.items())
+
+
+def test_only_the_codes_of_bitsandbytes_are_kept_from_the_engine(monkeypatch):
+    asked = []
+
+    def engine(*args, **kwargs):
+        asked.append((args, kwargs))
+
+    monkeypatch.setattr(vllm_generation, "LLM", engine, raising=False)
+    with pytest.raises(ZeroDivisionError), dense_engine():
+        vllm_generation.LLM("model", quantization="bitsandbytes", seed=1)
+        vllm_generation.LLM(quantization="fp8")
+        raise ZeroDivisionError
+    assert asked == [(("model",), {"quantization": None, "seed": 1}), ((), {"quantization": "fp8"})]
+    assert vllm_generation.LLM is engine
 
 
 # -- versions -------------------------------------------------------------------------------------------------------
