@@ -1,6 +1,7 @@
 """A linear layer with adapters: forward with several of them, merging that can be undone bit for bit, mixed batches."""
 
 from collections.abc import Hashable
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -95,8 +96,9 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
         """
         own = {f"{name}.{adapter}" for name in (*self.adapter_layer_names, *self.other_param_names)}
         # Not from state_dict, which under FSDP2 puts a layer back into shards in the middle of its forward; and each by its
-        # name, because ZeRO-3 gathers in a forward what an attribute is read for, and leaves it empty in an iteration.
-        found = [(n, self.get_parameter(n)) for n, _ in self.named_parameters() if n.removesuffix(".weight") in own]
+        # name, because ZeRO-3 gathers in a forward what an attribute is read for, and leaves it empty in an iteration. Not by
+        # get_parameter: under FSDP 1 what is found may be a plain tensor.
+        found = [(n, attrgetter(n)(self)) for n, _ in self.named_parameters() if n.removesuffix(".weight") in own]
         found += [(n, tensor) for n, tensor in self.named_buffers() if n in own]
         for name, tensor in found:
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
