@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from gdro_playground_settings import ADDITION, GENERATIONS, PROMPTS, TRAINING
+from studies import PLAIN_CPU_RUN
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
@@ -107,15 +108,7 @@ def _trained(playground, held_out, job):
     }
 
 
-_PLAIN_CPU_RUN = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "report_to": "none",
-    "logging_steps": 1,
-    "disable_tqdm": True,
-}
+_PLAIN_CPU_RUN = {**PLAIN_CPU_RUN, "logging_steps": 1}
 
 
 def _loaded(playground):

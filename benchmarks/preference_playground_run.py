@@ -13,6 +13,7 @@ import preference_playground_measures as measures
 import preference_playground_settings as settings
 import torch
 from datasets import Dataset
+from studies import PLAIN_CPU_RUN
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 from trl import SFTConfig, SFTTrainer
@@ -25,15 +26,7 @@ from hf_delta.preference.pairs import build_pairs
 
 FILLED_TASK = "preference_playground_task.FilledSums"
 PAIR = ("prompt", "chosen", "rejected")
-_PLAIN_CPU_RUN = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "save_strategy": "no",
-    "report_to": "none",
-    "logging_strategy": "no",
-    "disable_tqdm": True,
-}
+_PLAIN_CPU_RUN = {**PLAIN_CPU_RUN, "logging_strategy": "no"}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,17 @@ from typing import Any
 from tqdm import tqdm
 
 
+# Of a trainer of TRL.
+PLAIN_CPU_RUN = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+
+
 def is_done(job: Any) -> bool:
     """Whether the file `job.out` is there, which must be a run with what `job.described()` says."""
     if not job.out.exists():

@@ -2,7 +2,6 @@
 
 from trl import SFTTrainer
 
-from hf_delta._compat.fsdp import unshard_trained_head
 from hf_delta._compat.whole_saves import WholeSaves
 from hf_delta.resume import Resumable
 
@@ -14,7 +13,3 @@ class DeltaSFTTrainer(Resumable, WholeSaves, SFTTrainer):
     TRL's write neither. Under FSDP2 a head that is trained beside an adapter gets the gradient of all processes.
     `resume_from_checkpoint=True` takes the newest checkpoint that was written to its end.
     """
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        unshard_trained_head(self.model)

@@ -33,7 +33,6 @@ require_supported_trl()
 from trl import GRPOTrainer  # noqa: E402
 from trl.trainer.utils import RepeatSampler  # noqa: E402
 
-from hf_delta._compat.fsdp import unshard_trained_head  # noqa: E402
 from hf_delta._compat.reference import ReferenceRepair, base_kept, only_policy_is_emptied  # noqa: E402
 from hf_delta._compat.trl_state import ExtraState  # noqa: E402
 from hf_delta._compat.trl_vllm import Weights, dense_engine, send  # noqa: E402
@@ -112,7 +111,6 @@ class GRPOHooks(WindowState, ExtraState, GRPOTrainer, ReferenceRepair):
     def __init__(self, model, *args, **kwargs):
         with base_kept(model), dense_engine(), only_policy_is_emptied(self):
             super().__init__(model, *args, **kwargs)
-        unshard_trained_head(self.model)
 
     def before_rollouts(self, rows: list[dict]) -> list[dict]:
         return rows

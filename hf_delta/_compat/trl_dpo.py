@@ -12,7 +12,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl.trainer.utils import use_adapter
 
-from hf_delta._compat.fsdp import keep_outputs, unshard_trained_head
+from hf_delta._compat.fsdp import keep_outputs
 from hf_delta._compat.kernels import head_arguments
 from hf_delta._compat.reference import REFERENCE, ReferenceRepair, base_kept, only_policy_is_emptied
 from hf_delta._compat.token_head import MASK_NETWORK, add_token_head, head_of_adapter
@@ -75,7 +75,6 @@ class DPOHooks(ExtraState, DPOTrainer, ReferenceRepair):
     def __init__(self, model, *args, **kwargs):
         with base_kept(model), only_policy_is_emptied(self):
             super().__init__(model, *args, **kwargs)
-        unshard_trained_head(self.model)
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()

@@ -1,11 +1,11 @@
-"""Private names of transformers: adapters and models are saved whole, also where checkpoints are sharded."""
+"""Private names of transformers: adapters and models are saved whole, also where checkpoints are sharded, and heads trained."""
 
 import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import Trainer
 
-from hf_delta._compat.fsdp import check_trained_whole
+from hf_delta._compat.fsdp import check_trained_whole, unshard_trained_head
 from hf_delta.errors import InputError
 from hf_delta.ops.gather import full_tensor
 
@@ -22,7 +22,8 @@ class WholeSaves(Trainer):
 
     transformers' `save_model` writes nothing there, and checkpoints hold shards that only a sharded run of the same kind can
     read. With this, an adapter is gathered into every checkpoint and by `save_model`; a model without one by `save_model`
-    alone. Whatever is saved otherwise is what transformers saves.
+    alone. Whatever is saved otherwise is what transformers saves. With either kind of state dict a head that is trained beside
+    an adapter gets the gradient of all processes, see [`unshard_trained_head`].
     """
 
     in_checkpoint = False
@@ -41,6 +42,7 @@ class WholeSaves(Trainer):
             )
         if self.is_fsdp_enabled and is_peft_model(self.model):
             check_trained_whole(self.model)
+            unshard_trained_head(self.model)
             if self.accelerator.state.fsdp_plugin.activation_checkpointing:
                 # It renames modules, by whose names PEFT looks for what is to be saved, and finds nothing.
                 raise InputError(
@@ -90,10 +92,8 @@ def adapter_state_dict(model: PeftModel, keep: bool = True) -> dict[str, torch.T
     """
     shards = model.state_dict()
     saved = [get_peft_model_state_dict(model, state_dict=shards, adapter_name=name) for name in model.peft_config]
-    wanted, known = (
-        {id(value) for state in saved for value in state.values()},
-        {id(value) for value in shards.values()},
-    )
+    wanted = {id(value) for state in saved for value in state.values()}
+    known = {id(value) for value in shards.values()}
     if not wanted <= known:
         # A method that computes what it saves (AdaLoRA prunes ranks) does so again from whole tensors.
         wanted = known

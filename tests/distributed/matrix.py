@@ -32,6 +32,7 @@ from tests.rl.frozen import dataset
 from tests.rl.gdro import frozen_groups
 from tests.rl.test_gdro import PlanRecorder
 from tests.rl.test_resume import StopAt
+from tests.running import CPU
 
 
 FULL, FAST_DORA = "full", "fast_dora"
@@ -45,11 +46,7 @@ SETTINGS = {
     "gradient_accumulation_steps": 2,
     "logging_steps": 1,
     "save_strategy": "no",
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": True,
+    **CPU,
 }
 SFT = {**SETTINGS, "per_device_train_batch_size": 2, "max_steps": 2, "max_length": 32}
 GRPO = {

@@ -9,6 +9,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_delta import DeltaDPOConfig, DeltaDPOTrainer
+from tests.running import CPU
 
 
 BETA = 0.5
@@ -48,11 +49,7 @@ def config(out, cls=DeltaDPOConfig, **changes):
         "beta": BETA,
         "logging_steps": 1,
         "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
+        **CPU,
     }
     return cls(**{**settings, **changes})
 

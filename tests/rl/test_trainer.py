@@ -25,6 +25,7 @@ from tests.rl.frozen import (
     frozen_reward,
     frozen_rollouts,
 )
+from tests.running import CPU
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +44,7 @@ def config(out, cls=DeltaGRPOConfig, **changes):
         "max_grad_norm": 0.0,
         "logging_steps": 1,
         "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
+        **CPU,
     }
     return cls(**{**settings, **changes})
 
