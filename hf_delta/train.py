@@ -32,6 +32,7 @@ from hf_delta.run.card import absolute, write_card
 from hf_delta.run.console import announce, console, fail, is_main_process
 from hf_delta.run.directory import check_output_dir, clear, write_manifest
 from hf_delta.run.evaluation import BEFORE, evaluate_policy, evaluation_reward, write_report
+from hf_delta.run.leaving import EXIT_STATUS, StopOnSigterm, Stopped
 from hf_delta.run.processes import main_first, naming_the_process, on_main
 from hf_delta.run.progress import TrainingProgress
 
@@ -57,8 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         return fail(error)
     except KeyboardInterrupt:
-        announce("Interrupted. The same command with --resume_from_checkpoint true goes on from the last checkpoint.")
+        announce("Interrupted. The same command with --resume goes on from the last checkpoint.")
         return 130
+    except Stopped as stopped:
+        announce(str(stopped))
+        return EXIT_STATUS
     return 0
 
 
@@ -73,6 +77,7 @@ def run(recipe: Recipe) -> Path:
 
     Raises:
         `InputError`: anything wrong with the recipe, its data, or its output directory; nothing was lost.
+        [`~hf_delta.run.leaving.Stopped`]: SIGTERM came while it trained; all is in a checkpoint.
     """
     _set_up_logging()
     with fast_dora() if wants_fast_dora(recipe.values) else nullcontext():
@@ -203,8 +208,16 @@ def _train(trainer: Trainer, recipe: Recipe, checkpoint: str | None) -> None:
     done = 0 if checkpoint is None else steps_of(checkpoint)
     if not 0 < recipe.training.max_steps <= done:
         announce(f"Training: {recipe.trainer}, {recipe.model.model_name_or_path}")
-        with naming_the_process():
+        leaving = StopOnSigterm(trainer.accelerator)
+        trainer.add_callback(leaving)
+        with naming_the_process(), leaving.listening():
             trainer.train(resume_from_checkpoint=checkpoint)
+        if leaving.stopped:
+            _end(trainer)
+            raise Stopped(
+                f"Stopped by SIGTERM after step {trainer.state.global_step}, which is saved. The same command with --resume "
+                "goes on from there."
+            )
         return
     reached = f"{checkpoint} is at step {done}, and max_steps is {recipe.training.max_steps}"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:

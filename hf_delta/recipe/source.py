@@ -11,6 +11,9 @@ import yaml
 from hf_delta.errors import InputError
 
 
+SHORT_FLAGS = {"resume": "resume_from_checkpoint"}
+
+
 @dataclass(frozen=True)
 class Node:
     """One value of a recipe.
@@ -119,7 +122,8 @@ def apply_overrides(recipe: Mapping[str, Node], flags: Sequence[str]) -> dict[st
     """A recipe with command-line flags on top.
 
     `--key value`, `--key=value` and a bare `--key` (true) all work, with `-` or `_` inside the key; `--block.key value`
-    reaches into a nested block; several values make a list. Values are read as YAML.
+    reaches into a nested block; several values make a list. Values are read as YAML. `--resume` is short for
+    `--resume_from_checkpoint`.
 
     Raises:
         `InputError`: a value without a key, a value that is not YAML, or a dotted key whose block is not a block.
@@ -135,7 +139,8 @@ def _split(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
     for word in flags:
         if word.startswith("--") and len(word) > 2:
             key, equals, value = word[2:].partition("=")
-            pairs.append((key.replace("-", "_"), [value] if equals else []))
+            key = key.replace("-", "_")
+            pairs.append((SHORT_FLAGS.get(key, key), [value] if equals else []))
         elif not pairs:
             raise InputError(f"{word}: expected a flag such as --learning_rate 1e-5.")
         else:
