@@ -1,7 +1,6 @@
 """Train a recipe from beginning to end. `hf-delta run RECIPE` and `accelerate launch -m hf_delta.train RECIPE` are this."""
 
 import gc
-import importlib.util
 import logging
 import sys
 import warnings
@@ -16,7 +15,6 @@ from transformers import AutoConfig, ProgressCallback, Trainer
 from trl import get_quantization_config
 
 from hf_delta._compat.transformers import load_checkpoint
-from hf_delta._compat.vllm import INSTALL_VLLM, vllm_mismatch
 from hf_delta.adapters.dora import fast_dora
 from hf_delta.checkpoint import steps_of
 from hf_delta.data import CACHE, load_eval_rows, load_train_rows
@@ -32,18 +30,13 @@ from hf_delta.run.card import absolute, write_card
 from hf_delta.run.console import announce, console, fail, is_main_process
 from hf_delta.run.directory import check_output_dir, clear, write_manifest
 from hf_delta.run.evaluation import BEFORE, evaluate_policy, evaluation_reward, write_report
+from hf_delta.run.extras import check_packages
 from hf_delta.run.leaving import EXIT_STATUS, StopOnSigterm, Stopped
 from hf_delta.run.processes import main_first, naming_the_process, on_main
 from hf_delta.run.progress import TrainingProgress
 
 
 logger = logging.getLogger(__name__)
-
-_INSTALL = {
-    "vllm": INSTALL_VLLM,
-    "bitsandbytes": "pip install 'hf_delta[quantization]', or leave load_in_4bit and load_in_8bit out",
-    "liger_kernel": "pip install liger-kernel, or leave use_liger_kernel out",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(recipe: Recipe) -> Path:
-    """Check, train, save and report.
+    """Check, train, save and report; with `dry_run`, check and print the plan.
 
     Collective: every process of a launch calls it with the same recipe.
 
@@ -80,6 +73,8 @@ def run(recipe: Recipe) -> Path:
         [`~hf_delta.run.leaving.Stopped`]: SIGTERM came while it trained; all is in a checkpoint.
     """
     _set_up_logging()
+    if recipe.run.dry_run:
+        return _plan(recipe)
     with fast_dora() if wants_fast_dora(recipe.values) else nullcontext():
         return _run(recipe)
 
@@ -101,6 +96,14 @@ def _run(recipe: Recipe) -> Path:
     results = on_main(_report, recipe, before, after)
     _publish(trainer, recipe, results)
     _end(trainer)
+    return recipe.output_dir
+
+
+def _plan(recipe: Recipe) -> Path:
+    from hf_delta.plan.report import show
+    from hf_delta.plan.run import dry_run
+
+    show(dry_run(recipe), console())
     return recipe.output_dir
 
 
@@ -126,17 +129,8 @@ def _check_model(recipe: Recipe) -> None:
     Raises:
         `InputError`: there is no model of that name, or a package that it would be loaded with is missing.
     """
+    check_packages(recipe)
     name, model, training = recipe.model.model_name_or_path, recipe.model, recipe.training
-    needed = {
-        "vllm": getattr(training, "use_vllm", False),
-        "bitsandbytes": model.load_in_4bit or model.load_in_8bit,
-        "liger_kernel": training.use_liger_kernel,
-    }
-    for package, is_needed in needed.items():
-        if is_needed and importlib.util.find_spec(package) is None:
-            raise InputError(f"{recipe.source}: {package} is not installed: {_INSTALL[package]}.")
-    if needed["vllm"] and (mismatch := vllm_mismatch()):
-        raise InputError(f"{recipe.source}: {mismatch}")
     trust = getattr(training, "trust_remote_code", False)
     try:
         AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=trust)

@@ -37,6 +37,8 @@ FUNCTIONS = [
     "adapters/bone/additive.py",
     "adapters/bone/bat.py",
     "adapters/pmss/selection.py",
+    "plan/memory.py",
+    "plan/steps.py",
 ]
 # Rooms from the ground up: a module may import from its own floor and from those before it.
 FLOORS = [
@@ -68,7 +70,7 @@ FLOORS = [
     ["rl/resume.py", "rl/configured.py"],
     ["rl/trainer.py", "rl/__init__.py", "preference", "plot"],
     ["recipe", "recipe.py", "data.py"],
-    ["train.py", "run"],
+    ["train.py", "run", "plan"],
     ["cli.py"],
 ]
 

@@ -109,6 +109,12 @@ class RunArguments:
             on from that checkpoint.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Delete an earlier run of hf_delta in `output_dir` first. Other directories are never deleted.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Check everything that needs no network, print the plan (parameters, memory, steps, files) and write nothing.
+        num_processes (`int`, *optional*):
+            With `dry_run`: processes to plan for; those of `accelerate_config`, or of this launch, when absent.
+        accelerate_config (`str`, *optional*):
+            With `dry_run`: the configuration file that `accelerate launch` will get, or the name of a shipped one.
     """
 
     playground: str | None = field(
@@ -143,8 +149,19 @@ class RunArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete an earlier run of hf_delta in output_dir first."}
     )
+    dry_run: bool = field(default=False, metadata={"help": "Check, print the plan, and write nothing."})
+    num_processes: int | None = field(default=None, metadata={"help": "With dry_run: processes to plan for."})
+    accelerate_config: str | None = field(
+        default=None, metadata={"help": "With dry_run: the configuration that accelerate launch will get."}
+    )
 
     def __post_init__(self):
+        for key in ("num_processes", "accelerate_config"):
+            if getattr(self, key) is not None and not self.dry_run:
+                raise ValueError(
+                    f"{key} goes with dry_run alone. It is a setting of `accelerate launch`: give it there, before "
+                    "`-m hf_delta.train`."
+                )
         if self.evaluate_pass_at is None:
             self._check_no_evaluation()
             return

@@ -2,14 +2,16 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_delta._compat.planned import another_machine
 from hf_delta.errors import InputError
 from hf_delta.recipe.arguments import DataArguments, RunArguments
 from hf_delta.recipe.fields import build, suggest, type_hints
 from hf_delta.recipe.find import find_recipe
+from hf_delta.recipe.launch import Launch, planned_launch
 from hf_delta.recipe.limits import check_limits, check_report_to
 from hf_delta.recipe.peft import build_peft_config
 from hf_delta.recipe.source import Node, apply_overrides, read_recipe
@@ -46,8 +48,6 @@ _HINTS = {
     "dataset_train_split": "Write dataset_split.",
     "dataset_test_split": "Write eval_split.",
     "datasets": "Write dataset_name or train_file.",
-    "num_processes": _LAUNCH_HINT,
-    "accelerate_config": _LAUNCH_HINT,
     "config_file": _LAUNCH_HINT,
 }
 
@@ -66,6 +66,7 @@ class Recipe:
         run (`RunArguments`): What happens around training.
         training (`transformers.TrainingArguments`): Configuration of the trainer.
         peft (`peft.PeftConfig` or `None`): Adapter; `None` is full fine-tuning.
+        launch (`Launch`, *optional*): What `dry_run` plans for.
     """
 
     source: str
@@ -76,6 +77,7 @@ class Recipe:
     run: RunArguments
     training: "TrainingArguments"
     peft: "PeftConfig | None"
+    launch: Launch | None = None
 
     @property
     def trainer_class(self) -> "type[Trainer]":
@@ -99,6 +101,14 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(path_or_name)
     source = str(path)
     nodes = apply_overrides(read_recipe(path), overrides)
+    launch = planned_launch(nodes)
+    if launch is None:
+        return _load(nodes, source)
+    with another_machine(launch.processes):
+        return replace(_load(nodes, source), launch=launch)
+
+
+def _load(nodes: dict[str, Node], source: str) -> Recipe:
     trainer = trainer_name(nodes.pop("trainer", None), source)
     _expand_home(nodes)
     owners = key_owners(trainer)
