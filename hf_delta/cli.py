@@ -54,6 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_export(commands)
     _add_pairs(commands)
+    _add_push(commands)
 
     plot = _command(commands, "plot", _plot, "draw the curves of a run, and its token weights if it has any")
     plot.add_argument("run_dir", help="output_dir of a run")
@@ -115,6 +116,27 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--bnb-4bit-quant-type", default="nf4", choices=["nf4", "fp4"], help="(default: %(default)s)")
     parser.add_argument("--use-bnb-nested-quant", action="store_true", help="the scales were quantised too")
+    parser.add_argument("--push-to-hub", "--push_to_hub", metavar="REPO", help="upload the result to the Hub as well")
+    _add_hub(parser)
+
+
+def _add_push(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "push", _push, "upload a finished run, an adapter or a model to the Hub")
+    parser.add_argument("directory", help="output_dir of a run, or a directory that save_pretrained or export wrote")
+    parser.add_argument("--repo", help="where to (default: hub_model_id of the run, or the name of the directory)")
+    parser.add_argument("--lora", action="store_true", help="an adapter as a plain LoRA too, in the folder lora/")
+    _add_hub(parser)
+
+
+def _add_hub(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base-model-id",
+        "--base_model_id",
+        metavar="ID",
+        help="what the base model is called on the Hub, if it is local",
+    )
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch to upload to (default: main)")
 
 
 def _add_pairs(commands: argparse._SubParsersAction) -> None:
@@ -207,6 +229,12 @@ def _pairs(arguments: argparse.Namespace) -> None:
     from hf_delta.run.pairs import pairs
 
     pairs(arguments)
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from hf_delta.run.publish import push
+
+    push(arguments)
 
 
 def _report_path(arguments: argparse.Namespace) -> Path:

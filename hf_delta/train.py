@@ -28,12 +28,16 @@ from hf_delta.recipe.peft import wants_fast_dora
 from hf_delta.recipe.rewards import resolve_reward
 from hf_delta.run.card import absolute, write_card
 from hf_delta.run.console import announce, console, fail, is_main_process
-from hf_delta.run.directory import check_output_dir, clear, write_manifest
+from hf_delta.run.directory import check_output_dir, clear, finish_manifest, is_finished, write_manifest
 from hf_delta.run.evaluation import BEFORE, evaluate_policy, evaluation_reward, write_report
 from hf_delta.run.extras import check_packages
+from hf_delta.run.hub import check_token
 from hf_delta.run.leaving import EXIT_STATUS, StopOnSigterm, Stopped
+from hf_delta.run.papers import papers_of_training
 from hf_delta.run.processes import main_first, naming_the_process, on_main
 from hf_delta.run.progress import TrainingProgress
+from hf_delta.run.publish import Destination, destination_of, publish_run, ready, without_push
+from hf_delta.run.result import read_result
 
 
 logger = logging.getLogger(__name__)
@@ -82,27 +86,37 @@ def run(recipe: Recipe) -> Path:
 def _run(recipe: Recipe) -> Path:
     rewards = [resolve_reward(entry) for entry in recipe.run.reward_funcs or []]
     judge = evaluation_reward(recipe, rewards)
+    destination = destination_of(recipe)
+    if destination is not None and on_main(is_finished, recipe):
+        announce(f"{recipe.output_dir} holds this run, finished: nothing is left to train")
+        return _push(recipe, destination)
     checkpoint = on_main(check_output_dir, recipe)
+    if destination is not None:
+        on_main(check_token, destination.token)
     _ready_model(recipe)
     train_rows, eval_rows = _load_rows(recipe, rewards, judge)
+    if destination is not None:
+        destination = on_main(ready, destination)
 
     trainer = _build_trainer(recipe, train_rows, eval_rows, rewards)
     before = judge and evaluate_policy(trainer, recipe, eval_rows, judge, "before")
-    on_main(_write_first_files, recipe, checkpoint, before)
+    on_main(_write_first_files, recipe, checkpoint, before, papers_of_training(trainer))
     _train(trainer, recipe, checkpoint)
     _save(trainer)
 
     after = judge and evaluate_policy(trainer, recipe, eval_rows, judge, "after")
-    results = on_main(_report, recipe, before, after)
-    _publish(trainer, recipe, results)
+    on_main(_report, recipe, before, after)
+    on_main(_finish, recipe)
     _end(trainer)
-    return recipe.output_dir
+    # After the processes have parted, because none of them can wait for an upload of hours.
+    return recipe.output_dir if destination is None else _push(recipe, destination)
 
 
 def _plan(recipe: Recipe) -> Path:
     from hf_delta.plan.report import show
     from hf_delta.plan.run import dry_run
 
+    destination_of(recipe)  # asks nobody
     show(dry_run(recipe), console())
     return recipe.output_dir
 
@@ -169,11 +183,14 @@ def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | Non
         "dtype": model.dtype,
         **(training.model_init_kwargs or {}),
     }
+    if recipe.peft is not None and not Path(model.model_name_or_path).is_dir() and model.model_revision != "main":
+        # TRL forgets it, and the adapter would be loaded onto another version.
+        recipe.peft.revision = model.model_revision
     try:
         trainer = recipe.trainer_class(
             # Absolute, because an adapter remembers it and may be loaded from another directory.
             model=absolute(model.model_name_or_path),
-            args=training,
+            args=without_push(training),
             train_dataset=train_rows,
             eval_dataset=eval_rows if training.eval_strategy != "no" else None,
             quantization_config=get_quantization_config(model),
@@ -241,37 +258,36 @@ def _save(trainer: Trainer) -> None:
     trainer.save_state()
 
 
-def _write_first_files(recipe: Recipe, checkpoint: str | None, before: Report | None) -> None:
+def _write_first_files(recipe: Recipe, checkpoint: str | None, before: Report | None, papers: list) -> None:
     if recipe.run.overwrite_output_dir:
         clear(recipe.output_dir)
-    write_manifest(recipe, checkpoint)
+    write_manifest(recipe, checkpoint, papers)
     if before is not None:
         before.save(recipe.output_dir / BEFORE, overwrite=True)
 
 
-def _report(recipe: Recipe, before: Report | None, after: Report | None) -> str | None:
-    """Comparison and picture; returns the comparison as Markdown."""
-    results = write_report(before, after, recipe.output_dir) if before and after else None
+def _report(recipe: Recipe, before: Report | None, after: Report | None) -> None:
+    """Comparison and pictures."""
+    if before and after:
+        write_report(before, after, recipe.output_dir)
     try:
         for name, picture in plot_pictures(recipe.output_dir).items():
             announce(f"{name} in {picture}")
     except InputError as error:  # a run without a single logged value
         logger.warning("%s", error)
-    return results
 
 
-def _publish(trainer: Trainer, recipe: Recipe, results: str | None) -> None:
-    """Collective: upload to the Hub if the recipe says so, and write the model card."""
-    if recipe.training.push_to_hub:
-        announce(f"Pushing to the Hub: {trainer.hub_model_id}")
-        trainer.push_to_hub()
-    if not trainer.is_world_process_zero():
-        return
-    card = write_card(trainer, recipe, results)
-    if recipe.training.push_to_hub:
-        # What trainer.push_to_hub has uploaded is TRL's own card.
-        card.push_to_hub(trainer.hub_model_id, token=recipe.training.hub_token)
+def _finish(recipe: Recipe) -> None:
+    finish_manifest(recipe.output_dir)
+    write_card(read_result(recipe.output_dir))
     announce(f"Saved in {recipe.output_dir}; its README.md says how to load it")
+
+
+def _push(recipe: Recipe, destination: Destination) -> Path:
+    """Upload from the main process alone, without the others."""
+    if is_main_process():
+        publish_run(recipe.output_dir, destination)
+    return recipe.output_dir
 
 
 if __name__ == "__main__":

@@ -330,28 +330,6 @@ def test_resuming_and_overwriting_exclude_each_other(tmp_path, playground):
         )
 
 
-# -- the Hub --------------------------------------------------------------------------------------------------------
-def test_the_card_that_is_pushed_is_ours(tmp_path, playground, monkeypatch):
-    out, pushed = tmp_path / "out", []
-
-    def push(self, **kwargs):
-        pushed.append([path.name for path in out.glob("*.png")])
-
-    monkeypatch.setattr(
-        "transformers.Trainer.init_hf_repo", lambda self, **kwargs: setattr(self, "hub_model_id", "me/it")
-    )
-    monkeypatch.setattr("transformers.Trainer.push_to_hub", push)
-    monkeypatch.setattr(
-        "huggingface_hub.ModelCard.push_to_hub", lambda self, repo, **kwargs: pushed.append((repo, self.text))
-    )
-    train(
-        tmp_path, keys("sft", playground, out, max_steps=1, push_to_hub=True, hub_model_id="me/it", hub_strategy="end")
-    )
-    # The last word is our card, on what was uploaded with the reports.
-    assert pushed[-2] == ["curves.png"] and pushed[-1][0] == "me/it"
-    assert 'from_pretrained("me/it")' in pushed[-1][1]
-
-
 def test_train_rows_are_what_the_trainer_gets(tmp_path, playground, monkeypatch):
     import trl
 

@@ -109,6 +109,11 @@ class RunArguments:
             on from that checkpoint.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Delete an earlier run of hf_delta in `output_dir` first. Other directories are never deleted.
+        base_model_id (`str`, *optional*):
+            With `push_to_hub`: id of the base model on the Hub, for what is uploaded. Needed where `model_name_or_path` is a
+            directory.
+        push_lora (`bool`, *optional*, defaults to `False`):
+            With `push_to_hub`: upload the adapter as a plain LoRA too, in the folder `lora/`.
         dry_run (`bool`, *optional*, defaults to `False`):
             Check everything that needs no network, print the plan (parameters, memory, steps, files) and write nothing.
         num_processes (`int`, *optional*):
@@ -148,6 +153,12 @@ class RunArguments:
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete an earlier run of hf_delta in output_dir first."}
+    )
+    base_model_id: str | None = field(
+        default=None, metadata={"help": "With push_to_hub: id of the base model on the Hub, where it is local here."}
+    )
+    push_lora: bool = field(
+        default=False, metadata={"help": "With push_to_hub: upload the adapter as a plain LoRA too, in lora/."}
     )
     dry_run: bool = field(default=False, metadata={"help": "Check, print the plan, and write nothing."})
     num_processes: int | None = field(default=None, metadata={"help": "With dry_run: processes to plan for."})

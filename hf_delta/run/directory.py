@@ -4,9 +4,12 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
 
 from hf_delta import __version__
 from hf_delta.checkpoint import is_complete, newest_complete_checkpoint
@@ -15,6 +18,7 @@ from hf_delta.errors import InputError
 from hf_delta.preference.snapshots import SNAPSHOTS
 from hf_delta.recipe import Recipe
 from hf_delta.run.evaluation import BEFORE
+from hf_delta.run.paths import local_paths
 
 
 logger = logging.getLogger(__name__)
@@ -154,8 +158,8 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def write_manifest(recipe: Recipe, resumed_from: str | None) -> None:
-    """Write `run.json`: the recipe with flags applied, the method, versions and the number of processes."""
+def write_manifest(recipe: Recipe, resumed_from: str | None, papers: Sequence[tuple[str, str]] = ()) -> None:
+    """Write `run.json`: the recipe with flags applied, the method and its papers, versions and the number of processes."""
     secret = {"hub_token"}
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -163,12 +167,50 @@ def write_manifest(recipe: Recipe, resumed_from: str | None) -> None:
         "recipe": recipe.source,
         "values": {key: "***" if key in secret else value for key, value in recipe.values.items()},
         "method": _method(recipe),
+        "papers": list(papers),
+        "base_commit": _commit(recipe),
+        # For uploads: what is a path where the run was may look like an id of the Hub elsewhere.
+        "output_dir": str(recipe.output_dir.resolve()),
+        "local_paths": local_paths(recipe.values),
         "world_size": recipe.training.world_size,
         "resumed_from": resumed_from,
         "versions": {name: _version(name) for name in _PACKAGES},
     }
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    path = recipe.output_dir / MANIFEST
+    _write(recipe.output_dir / MANIFEST, manifest)
+
+
+def finish_manifest(out: Path) -> None:
+    """Note in `run.json` that the run came to its end and its result is saved."""
+    _write(out / MANIFEST, {**read_manifest(out), "finished": True})
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the output directory holds this very run, trained to its end and saved; where it is uploaded may differ."""
+    manifest = None if recipe.run.overwrite_output_dir else read_manifest(recipe.output_dir)
+    if manifest is None or not manifest.get("finished"):
+        return False
+    return _of_training(manifest["values"]) == _of_training(json.loads(json.dumps(recipe.values, default=str)))
+
+
+def _of_training(values: dict[str, Any]) -> dict[str, Any]:
+    others = ("push_to_hub", "push_lora", "base_model_id", "resume_from_checkpoint", "overwrite_output_dir")
+    return {key: value for key, value in values.items() if key not in others and not key.startswith("hub_")}
+
+
+def _commit(recipe: Recipe) -> str | None:
+    """The commit of the base model in the cache of the Hub, where it comes from there."""
+    model = recipe.model
+    if Path(model.model_name_or_path).is_dir():
+        return None
+    try:
+        found = try_to_load_from_cache(model.model_name_or_path, "config.json", revision=model.model_revision)
+    except ValueError:
+        return None
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _write(path: Path, manifest: dict[str, Any]) -> None:
     partial = path.with_name(f"{MANIFEST}.partial")
     partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)

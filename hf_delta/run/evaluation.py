@@ -31,7 +31,10 @@ def evaluation_reward(recipe: Recipe, rewards: list[Callable], sharded: bool | N
     if recipe.run.evaluate_pass_at is None:
         return None
     if sharded is None:
-        sharded = recipe.training.distributed_state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        sharded = recipe.training.distributed_state.distributed_type in (
+            DistributedType.FSDP,
+            DistributedType.DEEPSPEED,
+        )
     if sharded:
         raise InputError(
             "evaluate_pass_at needs the whole model in each process, which FSDP and DeepSpeed shard. Leave it out, and "
