@@ -433,6 +433,8 @@ def test_a_run_that_did_not_finish_is_trained_again(hub, tmp_path, playground):
     write_manifest(recipe, None)
     assert not is_finished(recipe)
     finish_manifest(recipe.output_dir)
+    assert not is_finished(recipe)
+    (recipe.output_dir / "model.safetensors").write_bytes(b"weights")
     assert is_finished(recipe)
     for flag in (["--max_steps", "9"], ["--overwrite_output_dir"], ["--learning_rate", "0.5"]):
         assert not is_finished(load_recipe(str(tmp_path / "recipe.yaml"), flag))

@@ -188,7 +188,7 @@ def finish_manifest(out: Path) -> None:
 def is_finished(recipe: Recipe) -> bool:
     """Whether the output directory holds this very run, trained to its end and saved; where it is uploaded may differ."""
     manifest = None if recipe.run.overwrite_output_dir else read_manifest(recipe.output_dir)
-    if manifest is None or not manifest.get("finished"):
+    if manifest is None or not manifest.get("finished") or not any(recipe.output_dir.glob("*model*.safetensors")):
         return False
     return _of_training(manifest["values"]) == _of_training(json.loads(json.dumps(recipe.values, default=str)))
 
