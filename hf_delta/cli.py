@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.padding import Padding
@@ -11,22 +12,34 @@ from rich.text import Text
 
 from hf_delta import __version__
 from hf_delta.errors import InputError
+from hf_delta.paths import check_writable
+from hf_delta.run.console import fail, no_permission
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `hf-delta`; returns the exit status: 0, or 2 for bad input."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
     try:
+        arguments, rest = build_parser().parse_known_args(argv)
+        if rest:
+            # By the parser of the command, whose --help is the one to read.
+            arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return arguments.command(arguments) or 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
+    except PermissionError as error:
+        return fail(no_permission(error))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line as everything else that is wrong is said, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message.rstrip('.')}. `{self.prog} --help` says what there is.")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Commands import what they need when they run, so that `--help` imports neither torch nor transformers."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hf-delta", description="Post-training methods that TRL and PEFT do not have.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"hf_delta {__version__}")
@@ -37,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.epilog = "Every key of a recipe is a flag; `hf-delta keys RECIPE` lists those that a recipe can have."
     run.add_argument("recipe", help="a file, or a name that `hf-delta recipes` lists")
     run.set_defaults(print_help=run.print_help)
-    run.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="keys of the recipe to change")
+    rest = {"nargs": argparse.REMAINDER, "metavar": "--key value"}
+    # argparse would ask for at least one in its message about a recipe that is missing.
+    run.add_argument("overrides", **rest, help="keys of the recipe to change").required = False
 
     _command(commands, "recipes", _recipes, "list the recipes that come with hf_delta")
 
@@ -66,7 +81,7 @@ def _command(
     commands: argparse._SubParsersAction, name: str, function: Callable, help: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
-    parser.set_defaults(command=function)
+    parser.set_defaults(command=function, parser=parser)
     return parser
 
 
@@ -243,6 +258,7 @@ def _report_path(arguments: argparse.Namespace) -> Path:
     if arguments.out is None and not directory.is_dir():
         raise InputError(f"--out: {directory} is no directory here; say where the report is to go.")
     out = directory / "eval.json" if arguments.out is None else Path(arguments.out)
+    check_writable(out, "--out", directory=False)
     if out.exists() and not arguments.overwrite:
         raise InputError(f"{out} exists: give another --out, or --overwrite.")
     return out

@@ -2,6 +2,8 @@
 
 import gc
 import logging
+import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,7 +12,9 @@ from pathlib import Path
 
 import datasets
 from datasets import Dataset
+from jinja2 import TemplateError
 from rich.logging import RichHandler
+from safetensors import SafetensorError
 from transformers import AutoConfig, ProgressCallback, Trainer
 from trl import get_quantization_config
 
@@ -24,23 +28,51 @@ from hf_delta.playground import build_playground
 from hf_delta.plot import plot_pictures
 from hf_delta.recipe import Recipe, load_recipe
 from hf_delta.recipe.load import use_of_rows
-from hf_delta.recipe.peft import wants_fast_dora
+from hf_delta.recipe.peft import check_virtual_tokens, wants_fast_dora
 from hf_delta.recipe.rewards import resolve_reward
+from hf_delta.rules import as_dict
 from hf_delta.run.card import absolute, write_card
-from hf_delta.run.console import announce, console, fail, is_main_process
+from hf_delta.run.console import announce, console, fail, is_main_process, no_permission
 from hf_delta.run.directory import check_output_dir, clear, finish_manifest, is_finished, write_manifest
 from hf_delta.run.evaluation import BEFORE, evaluate_policy, evaluation_reward, write_report
 from hf_delta.run.extras import check_packages
+from hf_delta.run.fits import (
+    NO_TEMPLATE,
+    check_checkpoint,
+    check_finite,
+    check_modules_to_save,
+    check_template,
+    check_vocabulary,
+)
 from hf_delta.run.hub import check_token
 from hf_delta.run.leaving import EXIT_STATUS, StopOnSigterm, Stopped
+from hf_delta.run.model import check_model_files
 from hf_delta.run.papers import papers_of_training
 from hf_delta.run.processes import main_first, naming_the_process, on_main
 from hf_delta.run.progress import TrainingProgress
 from hf_delta.run.publish import Destination, destination_of, publish_run, ready, without_push
 from hf_delta.run.result import read_result
+from hf_delta.run.undo import undoing
 
 
 logger = logging.getLogger(__name__)
+
+# What constructors of trainers raise for models, tokenizers, templates and settings that do not work.
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    ImportError,
+    RuntimeError,
+    OSError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+    TemplateError,
+    re.error,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(load_recipe(argv[0], argv[1:]))
     except InputError as error:
         return fail(error)
+    except PermissionError as error:
+        return fail(no_permission(error))
     except KeyboardInterrupt:
         announce("Interrupted. The same command with --resume goes on from the last checkpoint.")
         return 130
@@ -79,7 +113,7 @@ def run(recipe: Recipe) -> Path:
     _set_up_logging()
     if recipe.run.dry_run:
         return _plan(recipe)
-    with fast_dora() if wants_fast_dora(recipe.values) else nullcontext():
+    with fast_dora() if wants_fast_dora(recipe.values) else nullcontext(), undoing(recipe.output_dir):
         return _run(recipe)
 
 
@@ -144,13 +178,26 @@ def _check_model(recipe: Recipe) -> None:
         `InputError`: there is no model of that name, or a package that it would be loaded with is missing.
     """
     check_packages(recipe)
+    check_virtual_tokens(recipe.peft, recipe.source)
     name, model, training = recipe.model.model_name_or_path, recipe.model, recipe.training
+    template = getattr(training, "chat_template_path", None)
+    if template is not None and Path(template).suffix in (".jinja", ".j2") and not Path(template).is_file():
+        raise InputError(f"{recipe.source}: chat_template_path: {template} does not exist.")
     trust = getattr(training, "trust_remote_code", False)
     try:
-        AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=trust)
+    except Exception as error:
+        # Besides what is missing, whatever a class of configurations trips over.
         where = "has no usable config.json" if Path(name).is_dir() else "is no directory here and no model of the Hub"
-        raise InputError(f"model_name_or_path: {name} {where} ({str(error).splitlines()[0]}).") from error
+        raise InputError(f"model_name_or_path: {name} {where} ({_first_lines(error)}).") from error
+    if Path(name).is_dir() and not trust:
+        check_model_files(Path(name), config)
+
+
+def _first_lines(error: Exception) -> str:
+    """The first line, and the next if that ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
 
 
 def _build_playground(recipe: Recipe) -> None:
@@ -181,7 +228,7 @@ def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | Non
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
+        **as_dict(training.model_init_kwargs, f"{recipe.source}: model_init_kwargs"),
     }
     if recipe.peft is not None and not Path(model.model_name_or_path).is_dir() and model.model_revision != "main":
         # TRL forgets it, and the adapter would be loaded onto another version.
@@ -197,11 +244,17 @@ def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | Non
             peft_config=recipe.peft,
             **({"reward_funcs": rewards} if rewards else {}),
         )
-    except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError) as error:
+    except _REFUSALS as error:
         if isinstance(error, InputError):
             raise
         logger.debug("The constructor of the trainer failed.", exc_info=True)
+        if "chat_template is not set" in str(error):
+            raise InputError(f"{recipe.source}: {NO_TEMPLATE}") from error
         raise InputError(f"{recipe.source}: {type(error).__name__}: {str(error).strip()}") from error
+    check_vocabulary(trainer, train_rows)
+    check_template(trainer, train_rows)
+    check_finite(trainer)
+    check_modules_to_save(trainer)
     if not len(trainer.train_dataset):
         # Rows whose prompt fills max_length have nothing to learn from, and TRL leaves them out.
         raise InputError(
@@ -217,6 +270,8 @@ def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | Non
 def _train(trainer: Trainer, recipe: Recipe, checkpoint: str | None) -> None:
     """Collective: train, or take over a checkpoint that is at `max_steps` already, so that a run can be given again."""
     done = 0 if checkpoint is None else steps_of(checkpoint)
+    if checkpoint is not None:
+        check_checkpoint(trainer, checkpoint)
     if not 0 < recipe.training.max_steps <= done:
         announce(f"Training: {recipe.trainer}, {recipe.model.model_name_or_path}")
         leaving = StopOnSigterm(trainer.accelerator)

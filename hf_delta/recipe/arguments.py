@@ -176,8 +176,11 @@ class RunArguments:
         if self.evaluate_pass_at is None:
             self._check_no_evaluation()
             return
-        if not self.evaluate_pass_at or min(self.evaluate_pass_at) < 1:
-            raise ValueError(f"evaluate_pass_at must list numbers from 1 on, got {self.evaluate_pass_at}.")
+        ks = self.evaluate_pass_at
+        if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
+            raise ValueError(f"evaluate_pass_at must list numbers from 1 on, each once, got {ks}.")
+        if self.evaluate_max_new_tokens is not None and self.evaluate_max_new_tokens < 1:
+            raise ValueError(f"evaluate_max_new_tokens must be at least 1, got {self.evaluate_max_new_tokens}.")
         largest = max(self.evaluate_pass_at)
         self.evaluate_samples = largest if self.evaluate_samples is None else self.evaluate_samples
         if self.evaluate_samples < largest:

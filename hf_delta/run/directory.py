@@ -15,19 +15,15 @@ from hf_delta import __version__
 from hf_delta.checkpoint import is_complete, newest_complete_checkpoint
 from hf_delta.data import CACHE
 from hf_delta.errors import InputError
-from hf_delta.preference.snapshots import SNAPSHOTS
+from hf_delta.paths import check_writable
 from hf_delta.recipe import Recipe
-from hf_delta.run.evaluation import BEFORE
 from hf_delta.run.paths import local_paths
+from hf_delta.run.undo import BEFORE_TRAINING, MANIFEST
 
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "run.json"
 FORMAT_VERSION = 1
-
-# What a run leaves that ended before its first checkpoint, for example at a wrong reward: nothing that would be missed.
-_BEFORE_TRAINING = {MANIFEST, BEFORE, SNAPSHOTS}
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -40,7 +36,7 @@ def check_output_dir(recipe: Recipe) -> str | None:
         method or is not complete.
     """
     run, out = recipe.run, recipe.output_dir
-    _check_writable(out)
+    check_writable(out, "output_dir", directory=True)
     if run.resume_from_checkpoint and run.overwrite_output_dir:
         raise InputError("resume_from_checkpoint and overwrite_output_dir exclude each other.")
     if isinstance(run.resume_from_checkpoint, str):
@@ -49,7 +45,7 @@ def check_output_dir(recipe: Recipe) -> str | None:
         return _newest_checkpoint(recipe)
     if not _leftovers(out):
         return None
-    if {path.name for path in _leftovers(out)} <= _BEFORE_TRAINING:
+    if {path.name for path in _leftovers(out)} <= BEFORE_TRAINING:
         logger.info("%s holds a run that ended before its first checkpoint: it starts from the beginning.", out)
         return None
     if not (out / MANIFEST).is_file():
@@ -65,12 +61,6 @@ def check_output_dir(recipe: Recipe) -> str | None:
     return None
 
 
-def _check_writable(out: Path) -> None:
-    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"output_dir: {out} cannot be written: {parent} is no directory that you may write to.")
-
-
 def _leftovers(out: Path) -> list[Path]:
     return sorted(path for path in out.iterdir() if path.name != CACHE) if out.is_dir() else []
 
@@ -81,7 +71,14 @@ def _some(paths: list[Path]) -> str:
 
 def _checked_checkpoint(recipe: Recipe, checkpoint: Path) -> str:
     if not checkpoint.is_dir():
-        raise InputError(f"resume_from_checkpoint: {checkpoint} does not exist.")
+        said = "is no directory" if checkpoint.exists() else "does not exist"
+        raise InputError(
+            f"resume_from_checkpoint: {checkpoint} {said}; name a checkpoint-<step> of a run, or write true."
+        )
+    if (checkpoint / MANIFEST).is_file():
+        raise InputError(
+            f"resume_from_checkpoint: {checkpoint} is a run; name a checkpoint-<step> in it, or write true."
+        )
     if not is_complete(checkpoint, recipe.training.world_size):
         raise InputError(f"resume_from_checkpoint: {checkpoint} was not written to its end; take an earlier one.")
     _check_same_method(recipe, checkpoint.parent)
@@ -152,9 +149,12 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         known = manifest["format_version"] == FORMAT_VERSION and isinstance(manifest["method"], dict)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error!r}): it is damaged.") from error
+        raise InputError(f"{path} cannot be read ({error!r}): it is damaged. Start in another output_dir.") from error
     if not known:
-        raise InputError(f"{path} was written by another version of hf_delta, {manifest.get('hf_delta')}.")
+        raise InputError(
+            f"{path} was written by another version of hf_delta, {manifest.get('hf_delta')}. Go on with that, or start in another "
+            "output_dir."
+        )
     return manifest
 
 
