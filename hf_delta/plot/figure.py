@@ -40,7 +40,7 @@ def plot_run(run_dir: str | Path, out: str | Path | None = None) -> Path:
     """
     out = Path(run_dir) / CURVES if out is None else Path(out)
     if not Path(run_dir).is_dir():
-        raise InputError(f"{run_dir} is no directory: give the output_dir of a run.")
+        raise NothingToPlot(f"Nothing to plot in {run_dir}: it is no directory. Give the output_dir of a run.")
     check_format(out)
     figure = run_figure(run_dir)
     out.parent.mkdir(parents=True, exist_ok=True)

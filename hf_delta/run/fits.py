@@ -60,6 +60,9 @@ def check_template(trainer: Trainer, rows: Dataset) -> None:
     prompt = rows[0].get("prompt")
     if not isinstance(prompt, list) or not hasattr(trainer.processing_class, "apply_chat_template"):
         return
+    if prompt[-1].get("role") == "assistant":
+        # It is to be continued, and templates differ in how they take that.
+        return
     if getattr(trainer.processing_class, "chat_template", None) is None:
         raise InputError(NO_TEMPLATE)
     try:
@@ -74,7 +77,10 @@ def check_finite(trainer: Trainer) -> None:
         `InputError`: a weight of the model is NaN or infinite; sharded ones are not looked at.
     """
     for name, parameter in trainer.model.named_parameters():
-        if parameter.is_floating_point() and not parameter.is_meta and not torch.isfinite(parameter).all():
+        # What is stored in one byte has no isfinite.
+        if not parameter.is_floating_point() or parameter.element_size() == 1 or parameter.is_meta:
+            continue
+        if not torch.isfinite(parameter).all():
             raise InputError(
                 f"model_name_or_path: {name} holds NaN or infinite values: the file is broken, or its training diverged."
             )

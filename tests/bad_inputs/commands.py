@@ -401,8 +401,15 @@ PLOTS = [
         "plot",
         "the following arguments are required: run_dir. `hf-delta plot --help` says what there is.",
     ),
-    command("plot-nowhere", "plot nowhere", "nowhere is no directory: give the output_dir of a run."),
-    command("plot-file", "plot rows.jsonl", "rows.jsonl is no directory: give the output_dir of a run.", files=ROWS),
+    command(
+        "plot-nowhere", "plot nowhere", "Nothing to plot in nowhere: it is no directory. Give the output_dir of a run."
+    ),
+    command(
+        "plot-file",
+        "plot rows.jsonl",
+        "Nothing to plot in rows.jsonl: it is no directory. Give the output_dir of a run.",
+        files=ROWS,
+    ),
     command(
         "plot-empty",
         "plot mine",
