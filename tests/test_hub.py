@@ -29,6 +29,7 @@ from tests.hub_server import READ_ONLY, TOKEN, running_hub
 from tests.running import LORA, keys, train, write
 
 
+CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 PMSS = {"method": "pmss", "r": 4, "target_modules": ["q_proj", "v_proj"]}
 PUSH = {"push_to_hub": True, "hub_model_id": "me/it", "base_model_id": "me/base"}
 # What a directory of a run may hold that is nobody's business, by name.
@@ -46,7 +47,9 @@ PRIVATE = {
 def hub(monkeypatch, tmp_path):
     """A hub that this process talks to, with a token that may write."""
     with running_hub() as hub:
-        for name, value in {"ENDPOINT": hub.url, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        url = hub.url + constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+        reached = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": url, "HF_HUB_OFFLINE": False}
+        for name, value in {**reached, "HF_HUB_DISABLE_XET": True}.items():
             monkeypatch.setattr(constants, name, value)
         # The client of transformers remembers its address.
         monkeypatch.setattr("transformers.utils.hub._hf_api", None)
@@ -427,6 +430,21 @@ def test_only_the_main_process_pushes(hub, finished, monkeypatch, tmp_path, play
     assert "training_args.bin" not in files and metadata(files["README.md"].decode())["base_model"] == "me/base"
 
 
+def test_a_base_of_the_hub_is_named_with_its_revision(hub, tmp_path, playground, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.add("me/base", playground / "model")
+    base = hub.repos["me/base"]
+    base.branches["v1"] = base.branches["main"]
+    base.commit({**base.files, "later.txt": b"more"}, "main", "goes on")
+    content = keys("sft", playground, tmp_path / "out", peft_config=LORA, max_steps=1, push_to_hub=True)
+    train(tmp_path, {**content, "model_name_or_path": "me/base", "model_revision": "v1"})
+    files = hub.repos["me/out"].files
+    config = json.loads(files["adapter_config.json"])
+    assert (config["base_model_name_or_path"], config["revision"]) == ("me/base", "v1")
+    card = files["README.md"].decode()
+    assert f"revision `v1`, commit `{base.branches['v1']}`" in card and metadata(card)["base_model"] == "me/base"
+
+
 def test_a_run_that_did_not_finish_is_trained_again(hub, tmp_path, playground):
     recipe = load_recipe(str(write(tmp_path, keys("sft", playground, tmp_path / "out", **PUSH))))
     assert not is_finished(recipe)
@@ -464,7 +482,7 @@ print(json.dumps(model(torch.tensor([tokenizer.encode("1+2:")])).logits[0, -1].t
 
 
 @pytest.mark.slow
-def test_a_run_goes_to_the_hub_and_comes_back_in_fresh_processes(tmp_path, playground):
+def test_a_run_of_two_processes_goes_to_the_hub_and_comes_back_in_fresh_ones(tmp_path, playground):
     with running_hub() as hub:
         hub.add("me/base", playground / "model")
         environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
@@ -479,7 +497,16 @@ def test_a_run_goes_to_the_hub_and_comes_back_in_fresh_processes(tmp_path, playg
             return found.stdout
 
         content = keys("sft", playground, "out", peft_config=PMSS, learning_rate=1e-2, **PUSH, push_lora=True)
-        python("-m", "hf_delta.train", str(write(tmp_path, content)))
+        launch = [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(CONFIGS / "cpu.yaml"),
+            "--main_process_port",
+            "0",
+        ]
+        python(*launch, "-m", "hf_delta.train", str(write(tmp_path, content)))
+        assert len(hub.seen("POST /api/models/me/it/commit")) == 1
         assert str(tmp_path).encode() not in hub.uploaded() and b"lora_A" in hub.uploaded()
         model = AutoModelForCausalLM.from_pretrained(playground / "model")
         ids = torch.tensor([AutoTokenizer.from_pretrained(playground / "model").encode("1+2:")])
