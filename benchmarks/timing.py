@@ -110,6 +110,11 @@ def peak_bytes(case: Case, device: str) -> int:
         return torch.cuda.max_memory_allocated() - start
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         case.run()
+    return peak_of(profiler)
+
+
+def peak_of(profiler: profile) -> int:
+    """Most bytes allocated at any moment under a profiler that was told to `profile_memory`."""
     now = peak = 0
     for event in _memory_events(profiler):
         now += event["args"]["Bytes"]

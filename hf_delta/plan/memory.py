@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 
 # TRL's fused head computes the vocabulary in tiles of so many tokens and so many words.
 HEAD_TOKENS, HEAD_WORDS = 4096, 32768
+# Bytes that a CPU gives at a time.
+PAGE = 4096
 # DeepSpeed reduces gradients in buckets of at most so many values.
 ZERO_BUCKET = 500_000_000
 
@@ -50,6 +52,7 @@ class Weights:
         embedding_trained (`bool`): Whether the input embeddings are trained.
         head_trained (`bool`): Whether the head is trained.
         tied (`bool`): Whether the two are one.
+        packed_bytes (`int`, *optional*, defaults to `0`): Bytes of quantised weights, out of `frozen_bytes`.
     """
 
     all: int
@@ -65,6 +68,7 @@ class Weights:
     embedding_trained: bool
     head_trained: bool
     tied: bool
+    packed_bytes: int = 0
 
     @property
     def width(self) -> float:
@@ -130,10 +134,21 @@ class Head:
         return min(self.tokens, HEAD_TOKENS) * min(self.vocabulary, HEAD_WORDS)
 
     @property
+    def _whole_buffer(self) -> int:
+        return min(self.tokens, HEAD_TOKENS) * HEAD_WORDS * self.compute
+
+    @property
     def _buffer(self) -> int:
-        # A GPU reserves the whole tile; of memory that is never written a CPU gives none.
-        words = HEAD_WORDS if self.fused else min(self.vocabulary, HEAD_WORDS)
-        return min(self.tokens, HEAD_TOKENS) * words * self.compute
+        if self.fused:
+            return self._whole_buffer
+        # A CPU gives memory page by page when it is first written, and of a row only the words that there are.
+        row = -(-min(self.vocabulary, HEAD_WORDS) * self.compute // PAGE) * PAGE
+        return min(min(self.tokens, HEAD_TOKENS) * row, self._whole_buffer)
+
+    @property
+    def reserved(self) -> int:
+        """Bytes of the tile that are allocated and never written, which is counted on a GPU only."""
+        return self._whole_buffer - self._buffer
 
     @property
     def _casts(self) -> int:
@@ -318,7 +333,6 @@ def _held(step: Step, strategy: str, processes: int) -> _Held:
     compute = 2 if step.autocast else 4
     gathered = compute * (2 * w.layer_values + w.root_values)
     plain = w.bytes
-    quantised = w.frozen_bytes - round(w.frozen_values * _frozen_width(w))
     if strategy == "DDP":
         states = state_bytes(step.optimizer, w.trained, w.width)
         # DDP reduces copies of the gradients, its buckets.
@@ -326,7 +340,7 @@ def _held(step: Step, strategy: str, processes: int) -> _Held:
         return _Held(plain, step.reference * plain, states, w.trained_bytes + buckets, 0)
     if strategy in ("ZeRO-2", "ZeRO-3"):
         # Weights in the dtype of the computation, and float32 ones beside the states that are sharded.
-        whole = compute * (w.trained + w.frozen_values) + max(quantised, 0)
+        whole = compute * (w.trained + w.frozen_values) + w.packed_bytes
         master = w.trained * (4 if compute == 2 else 0) + state_bytes(step.optimizer, w.trained, 4)
         bucket = compute * min(ZERO_BUCKET, w.trained)
         gradients = compute * w.trained // n + bucket
@@ -338,10 +352,3 @@ def _held(step: Step, strategy: str, processes: int) -> _Held:
     states = state_bytes(step.optimizer, w.trained, trained / max(w.trained, 1))
     held = round((w.frozen_bytes + trained) / n)
     return _Held(held, step.reference * held, states // n, round(trained / n) + compute * w.layer_values, gathered)
-
-
-def _frozen_width(weights: Weights) -> float:
-    """Bytes of a frozen value that is not quantised, taking all of them to be alike."""
-    if not weights.frozen_values:
-        return 0.0
-    return min(4.0, weights.frozen_bytes / weights.frozen_values)

@@ -167,6 +167,7 @@ def weights_of(model: nn.Module, bits: int | None = None, nested: bool = False) 
         embedding_trained=any(p.requires_grad for p in embedding),
         head_trained=any(p.requires_grad for p in head_parameters),
         tied=bool({id(p) for p in embedding} & {id(p) for p in head_parameters}),
+        packed_bytes=sum(packed.values()),
     )
 
 
