@@ -28,7 +28,8 @@ def check_writable(path: str | Path, key: str, *, directory: bool) -> None:
         raise InputError(f"{key}: {path} is a directory; write the name of a file.")
     if not directory and os.path.exists(path) and not os.access(path, os.W_OK):
         raise InputError(f"{key}: {path} cannot be written: it is a file that you may not write to.")
-    start = path if directory else path.absolute().parent
-    parent = next(above for above in (start, *start.absolute().parents) if os.path.exists(above))
+    # As it was written: the directories above a relative path need not be for everyone.
+    start = path if directory else path.parent
+    parent = next(above for above in (start, *start.parents) if os.path.exists(above))
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{key}: {path} cannot be written: {parent} is no directory that you may write to.")

@@ -118,25 +118,25 @@ CASES = [
         "model-that-is-not-there",
         "sft",
         {"model_name_or_path": "models/mine"},
-        "model_name_or_path: models/mine is no directory here and no model of the Hub (We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached files.).",
+        "model_name_or_path: models/mine is no directory here and no model of the Hub (We couldn't connect to 'https://huggingface.co' to load the files, and couldn't find them in the cached files).",
     ),
     run(
         "model-name-of-nonsense",
         "sft",
         {"model_name_or_path": "my model!"},
-        "model_name_or_path: my model! is no directory here and no model of the Hub (Repo id must use alphanumeric chars, '-', '_' or '.'. The name cannot start or end with '-' or '.' and the maximum length is 96: 'my model!'.).",
+        "model_name_or_path: my model! is no directory here and no model of the Hub (Repo id must use alphanumeric chars, '-', '_' or '.'. The name cannot start or end with '-' or '.' and the maximum length is 96: 'my model!').",
     ),
     run(
         "model-path-that-is-not-there",
         "dpo",
         {"model_name_or_path": "./a/b/c"},
-        "model_name_or_path: ./a/b/c is no directory here and no model of the Hub (Repo id must be in the form 'repo_name' or 'namespace/repo_name': './a/b/c'. Use `repo_type` argument if needed.).",
+        "model_name_or_path: ./a/b/c is no directory here and no model of the Hub (Repo id must be in the form 'repo_name' or 'namespace/repo_name': './a/b/c'. Use `repo_type` argument if needed).",
     ),
     run(
         "model-that-is-a-file",
         "sft",
         {"model_name_or_path": "recipe.yaml"},
-        "model_name_or_path: recipe.yaml is no directory here and no model of the Hub (It looks like the config file at 'recipe.yaml' is not a valid JSON file.).",
+        "model_name_or_path: recipe.yaml is no directory here and no model of the Hub (It looks like the config file at 'recipe.yaml' is not a valid JSON file).",
     ),
     run(
         "model-empty-name",
@@ -148,7 +148,7 @@ CASES = [
         "model-directory-empty",
         "grpo",
         {"model_name_or_path": "model"},
-        "model_name_or_path: model has no usable config.json (Unrecognized model in model. Should have a `model_type` key in its config.json.).",
+        "model_name_or_path: model has no usable config.json (Unrecognized model in model. Should have a `model_type` key in its config.json).",
         given="an empty directory",
         files={"model": nothing},
     ),
@@ -364,7 +364,7 @@ CASES = [
         "adapter-as-model",
         "sft",
         {"model_name_or_path": "adapter", "peft_config": LORA},
-        "model_name_or_path: adapter has no usable config.json (Unrecognized model in adapter. Should have a `model_type` key in its config.json.).",
+        "model_name_or_path: adapter has no usable config.json (Unrecognized model in adapter. Should have a `model_type` key in its config.json).",
         given="an adapter of another base as model",
         files={
             "adapter": copied(

@@ -680,7 +680,7 @@ PEFT = [
         "method-list",
         "sft",
         {"peft_config": {"method": ["lora"]}},
-        "recipe.yaml:16: peft_config has no method [Node(value='lora', where='recipe.yaml:17', text=None)]; there are adalora, …",
+        "recipe.yaml:16: peft_config has no method ['lora']; there are adalora, …",
     ),
     run(
         "rank",

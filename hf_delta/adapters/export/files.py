@@ -15,8 +15,9 @@ def check_new(out: str | Path) -> Path:
     Raises:
         `InputError`: there is something in `out`, or it cannot be written.
     """
-    out = expanded(out).absolute()
+    out = expanded(out)
     check_writable(out, "out", directory=True)
+    out = out.absolute()
     if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty: give another directory, or empty it. Nothing was written.")
     return out
