@@ -15,6 +15,7 @@ from hf_delta._compat.live import LiveBytes, give_shapes, shapes_only
 from hf_delta.adapters.base import DeltaLinear
 from hf_delta.adapters.dora import fast_dora
 from hf_delta.adapters.pmss.layer import PmssLinear
+from hf_delta.errors import InputError
 from hf_delta.plan.memory import Activations
 from hf_delta.plan.shapes import adapt, backbone_of, blocks_of, plain, shapes_of, shortened
 
@@ -52,6 +53,9 @@ def activations(config: PretrainedConfig, peft: PeftConfig | None, batch: Pass) 
     """Bytes of activations, and whether the adapter is in them.
 
     Where the adapter does something that shapes cannot tell, those of the model alone.
+
+    Raises:
+        `InputError`: the model itself does.
     """
     key = f"{config.to_json_string()} {peft} {batch}"
     if key not in _known:
@@ -66,7 +70,16 @@ def _trace_or_less(config: PretrainedConfig, peft: PeftConfig | None, batch: Pas
                 return _trace(config, peft, batch), True
         except Exception as error:  # whatever a layer may do with values
             logger.debug("Activations with the adapter cannot be counted: %r", error)
-    return _trace(config, None, batch), peft is None
+    try:
+        return _trace(config, None, batch), peft is None
+    except InputError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        raise InputError(
+            f"model_name_or_path: {config.model_type} looks at values, so that its activations cannot be counted without "
+            f"them, and there is no plan for it ({reason:.200}). Run the recipe without dry_run."
+        ) from error
 
 
 def _trace(config: PretrainedConfig, peft: PeftConfig | None, batch: Pass) -> Activations:
