@@ -182,6 +182,11 @@ def _cuda_peak(run: Callable[[], object]) -> int:
 def _cpu_peak(run: Callable[[], object]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
+    return peak_of(profiler)
+
+
+def peak_of(profiler: profile) -> int:
+    """Most bytes allocated at any moment under a profiler that was told to `profile_memory`."""
     now = peak = 0
     for event in _memory_events(profiler):
         now += event["args"]["Bytes"]

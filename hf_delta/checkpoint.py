@@ -8,6 +8,7 @@ import json
 import os
 import re
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def save_state(path: str | Path, state: Any) -> None:
     tensors: dict[str, torch.Tensor] = {}
     structure = _pack(state, tensors)
     # The header is a flat map of strings, hence JSON inside it. NaN must not slip through: JSON has none.
-    header = {"format": FORMAT, "version": str(FORMAT_VERSION), "structure": json.dumps(structure, allow_nan=False)}
+    text = json.dumps(structure, allow_nan=False)
+    header = {"format": FORMAT, "version": str(FORMAT_VERSION), "structure": text, "crc32": _checksum(text, tensors)}
     path = Path(path)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial, metadata=header)
@@ -67,8 +69,15 @@ def load_state(path: str | Path) -> Any:
                     f"{path} is in state format {header.get('version')}, and this hf_delta reads format "
                     f"{FORMAT_VERSION}: resume with the version of hf_delta that wrote it."
                 )
-            return _unpack(json.loads(header["structure"]), file)
-    except (SafetensorError, json.JSONDecodeError, KeyError, OSError) as error:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text = header["structure"]
+        # Files of before there were checksums are taken as they are.
+        if header.get("crc32", _checksum(text, tensors)) != _checksum(text, tensors):
+            raise InputError(f"{path} is damaged: its checksum is another. Resume from an earlier checkpoint.")
+        return _unpack(json.loads(text), tensors)
+    except (SafetensorError, ValueError, LookupError, TypeError, OSError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"{path} cannot be read ({error}): it is cut short or damaged. Resume from an earlier checkpoint."
         ) from error
@@ -91,14 +100,23 @@ def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     raise TypeError(f"A state holds tensors, numbers, strings, dicts and lists, got {type(value).__name__}.")
 
 
-def _unpack(value: Any, file: Any) -> Any:
+def _unpack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, dict):
         if value.keys() == {_TENSOR}:
-            return file.get_tensor(value[_TENSOR])
-        return {key: _unpack(item, file) for key, item in value.items()}
+            return tensors[value[_TENSOR]]
+        return {key: _unpack(item, tensors) for key, item in value.items()}
     if isinstance(value, list):
-        return [_unpack(item, file) for item in value]
+        return [_unpack(item, tensors) for item in value]
     return value
+
+
+def _checksum(structure: str, tensors: dict[str, torch.Tensor]) -> str:
+    """CRC-32 of all that a state is; what safetensors itself leaves unchecked."""
+    value = zlib.crc32(structure.encode())
+    for name, tensor in sorted(tensors.items()):
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
 
 
 def newest_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> Path | None:
@@ -111,8 +129,19 @@ def newest_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> P
 
 
 def steps_of(checkpoint: str | Path) -> int:
-    """Optimizer steps that a complete checkpoint has behind it."""
-    return json.loads((Path(checkpoint) / "trainer_state.json").read_text())["global_step"]
+    """Optimizer steps that a complete checkpoint has behind it.
+
+    Raises:
+        `InputError`: its `trainer_state.json` cannot be read, or does not say.
+    """
+    path = Path(checkpoint) / "trainer_state.json"
+    try:
+        steps = json.loads(path.read_text(encoding="utf-8"))["global_step"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read ({error!r}). Resume from an earlier checkpoint.") from error
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise InputError(f"{path} is damaged: global_step is {steps!r}. Resume from an earlier checkpoint.")
+    return steps
 
 
 def written_under(checkpoint: str | Path) -> str | None:
@@ -142,15 +171,28 @@ def is_complete(checkpoint: str | Path, world_size: int = 1) -> bool:
     """
     checkpoint = Path(checkpoint)
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        steps_of(checkpoint)
+    except InputError:
         return False
     ranks = len(list(checkpoint.glob("rng_state_*.pth")))
     if 0 < ranks < _writers(checkpoint, default=min(world_size, 2)):
         return False
     # The directory at the end of a zip file is what torch.save writes last; safetensors knows its length from its header.
     whole = all(zipfile.is_zipfile(path) for pattern in ("*.pt", "*.pth") for path in checkpoint.glob(pattern))
-    return whole and all(map(_is_whole, checkpoint.glob("*.safetensors")))
+    return whole and _has_weights(checkpoint) and all(map(_is_whole, checkpoint.glob("*.safetensors")))
+
+
+def _has_weights(checkpoint: Path) -> bool:
+    """Whether there are weights: all files of an index, one file, or those of FSDP or DeepSpeed."""
+    for index in checkpoint.glob("*.index.json"):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return False
+        if not all((checkpoint / str(name)).is_file() for name in names):
+            return False
+    patterns = ("*model*.safetensors", "*model*.bin", "pytorch_model_fsdp*", "global_step*")
+    return any(any(checkpoint.glob(pattern)) for pattern in patterns)
 
 
 def _is_whole(path: Path) -> bool:
@@ -167,7 +209,8 @@ def _is_whole(path: Path) -> bool:
 def _writers(checkpoint: Path, default: int) -> int:
     """How many processes wrote a checkpoint."""
     try:
-        return load_state(checkpoint / STATE_FILE)["layout"]["num_processes"]
-    except (InputError, KeyError, TypeError):
+        writers = load_state(checkpoint / STATE_FILE)["layout"]["num_processes"]
+    except (InputError, LookupError, TypeError):
         # No such file, or a damaged one: whoever reads it to resume will say so.
         return default
+    return writers if isinstance(writers, int) else default

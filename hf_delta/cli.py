@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.padding import Padding
@@ -11,22 +12,34 @@ from rich.text import Text
 
 from hf_delta import __version__
 from hf_delta.errors import InputError
+from hf_delta.paths import check_writable
+from hf_delta.run.console import fail, no_permission
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `hf-delta`; returns the exit status: 0, or 2 for bad input."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
     try:
+        arguments, rest = build_parser().parse_known_args(argv)
+        if rest:
+            # By the parser of the command, whose --help is the one to read.
+            arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
         return arguments.command(arguments) or 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return fail(error)
+    except PermissionError as error:
+        return fail(no_permission(error))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with a command line as everything else that is wrong is said, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message.rstrip('.')}. `{self.prog} --help` says what there is.")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Commands import what they need when they run, so that `--help` imports neither torch nor transformers."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hf-delta", description="Post-training methods that TRL and PEFT do not have.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"hf_delta {__version__}")
@@ -37,7 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
     run.epilog = "Every key of a recipe is a flag; `hf-delta keys RECIPE` lists those that a recipe can have."
     run.add_argument("recipe", help="a file, or a name that `hf-delta recipes` lists")
     run.set_defaults(print_help=run.print_help)
-    run.add_argument("overrides", nargs=argparse.REMAINDER, metavar="--key value", help="keys of the recipe to change")
+    rest = {"nargs": argparse.REMAINDER, "metavar": "--key value"}
+    # argparse would ask for at least one in its message about a recipe that is missing.
+    run.add_argument("overrides", **rest, help="keys of the recipe to change").required = False
 
     _command(commands, "recipes", _recipes, "list the recipes that come with hf_delta")
 
@@ -54,6 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_eval(commands)
     _add_export(commands)
     _add_pairs(commands)
+    _add_push(commands)
 
     plot = _command(commands, "plot", _plot, "draw the curves of a run, and its token weights if it has any")
     plot.add_argument("run_dir", help="output_dir of a run")
@@ -65,7 +81,7 @@ def _command(
     commands: argparse._SubParsersAction, name: str, function: Callable, help: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
-    parser.set_defaults(command=function)
+    parser.set_defaults(command=function, parser=parser)
     return parser
 
 
@@ -115,6 +131,27 @@ def _add_export(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--bnb-4bit-quant-type", default="nf4", choices=["nf4", "fp4"], help="(default: %(default)s)")
     parser.add_argument("--use-bnb-nested-quant", action="store_true", help="the scales were quantised too")
+    parser.add_argument("--push-to-hub", "--push_to_hub", metavar="REPO", help="upload the result to the Hub as well")
+    _add_hub(parser)
+
+
+def _add_push(commands: argparse._SubParsersAction) -> None:
+    parser = _command(commands, "push", _push, "upload a finished run, an adapter or a model to the Hub")
+    parser.add_argument("directory", help="output_dir of a run, or a directory that save_pretrained or export wrote")
+    parser.add_argument("--repo", help="where to (default: hub_model_id of the run, or the name of the directory)")
+    parser.add_argument("--lora", action="store_true", help="an adapter as a plain LoRA too, in the folder lora/")
+    _add_hub(parser)
+
+
+def _add_hub(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base-model-id",
+        "--base_model_id",
+        metavar="ID",
+        help="what the base model is called on the Hub, if it is local",
+    )
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="branch to upload to (default: main)")
 
 
 def _add_pairs(commands: argparse._SubParsersAction) -> None:
@@ -209,12 +246,19 @@ def _pairs(arguments: argparse.Namespace) -> None:
     pairs(arguments)
 
 
+def _push(arguments: argparse.Namespace) -> None:
+    from hf_delta.run.publish import push
+
+    push(arguments)
+
+
 def _report_path(arguments: argparse.Namespace) -> Path:
     """Where the report goes, refused before hours of sampling rather than after."""
     directory = Path(arguments.adapter or arguments.model)
     if arguments.out is None and not directory.is_dir():
         raise InputError(f"--out: {directory} is no directory here; say where the report is to go.")
     out = directory / "eval.json" if arguments.out is None else Path(arguments.out)
+    check_writable(out, "--out", directory=False)
     if out.exists() and not arguments.overwrite:
         raise InputError(f"{out} exists: give another --out, or --overwrite.")
     return out

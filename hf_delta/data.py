@@ -13,6 +13,7 @@ from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from hf_delta.errors import InputError
+from hf_delta.paths import expanded
 from hf_delta.preference.uses import USES
 from hf_delta.recipe.arguments import DataArguments
 from hf_delta.recipe.fields import suggest
@@ -81,7 +82,7 @@ def load_eval_rows(
 def _prepare(
     sources: list[Source], args: DataArguments, uses: Sequence[str], rewards: Sequence[Callable], max_rows: int | None
 ) -> Dataset:
-    parts, count = [], 0
+    parts, count, checked = [], 0, []
     for source in sources:
         rows = _rename(source, args.dataset_columns or {})
         if rewards and "prompt_id" not in rows.column_names:
@@ -91,16 +92,38 @@ def _prepare(
             rows = _without_equal_pairs(rows, source.name)
         source = Source(source.name, rows)
         columns = [column for use in uses for column in _columns_of(source, use)]
+        if columns != (checked := checked or columns):
+            raise InputError(
+                f"{source.name} has {', '.join(columns)}, and {sources[0].name} {', '.join(checked)}: write both alike."
+            )
         check_rows(source, [*columns, *(c for reward in rewards for c in columns_needed(reward, rows.column_names))])
+        if "sft" in uses and columns[:2] == ["prompt", "completion"]:
+            _check_one_kind(source)
         for use in USES.keys() & uses:
             USES[use].check(rows, source.name)
         parts.append(rows)
-    rows = concatenate_datasets(parts) if len(parts) > 1 else parts[0]
+    rows = _joined(parts, sources)
     if max_rows is not None:
         rows = rows.select(range(min(max_rows, len(rows))))
     if args.prompt_style == "conversational":
         rows = rows.map(lambda row: as_conversation(row, args.system_prompt), desc="Prompts to messages")
     return rows
+
+
+def _joined(parts: list[Dataset], sources: list[Source]) -> Dataset:
+    if len(parts) == 1:
+        return parts[0]
+    try:
+        return concatenate_datasets(parts)
+    except (ValueError, TypeError) as error:
+        first = parts[0].features
+        for source, part in zip(sources[1:], parts[1:]):
+            for column, kind in part.features.items():
+                if column in first and first[column] != kind:
+                    raise InputError(
+                        f"{source.name}: {column} is {kind}, and in {sources[0].name} it is {first[column]}: write both alike."
+                    ) from error
+        raise InputError(f"{' and '.join(source.name for source in sources)} do not go together: {error}") from error
 
 
 def _without_equal_pairs(rows: Dataset, name: str) -> Dataset:
@@ -115,8 +138,12 @@ def _without_equal_pairs(rows: Dataset, name: str) -> Dataset:
 
 def _load_files(files: str | list[str], key: str, cache_dir: Path) -> list[Source]:
     sources = []
+    if not files:
+        raise InputError(f"{key} names no file.")
     for name in [files] if isinstance(files, str) else files:
-        path = Path(name).expanduser()
+        path = expanded(name)
+        if path.is_dir():
+            raise InputError(f"{key}: {path} is a directory; name the files in it.")
         if not path.is_file():
             raise InputError(f"{key}: {path} does not exist.")
         builder = _BUILDERS.get(path.suffix)
@@ -127,13 +154,16 @@ def _load_files(files: str | list[str], key: str, cache_dir: Path) -> list[Sourc
 
 
 def _load_file(path: Path, builder: str, cache_dir: Path) -> Dataset:
-    with path.open("rb") as file:
-        beginning = file.read(4096)
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(4096)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
     if not beginning.strip():
         raise InputError(f"{path} has no rows.")
     try:
         return load_dataset(builder, data_files=str(path), split="train", cache_dir=str(cache_dir))
-    except (DatasetGenerationError, ValueError) as error:
+    except (DatasetGenerationError, ValueError, TypeError, LookupError, OSError) as error:
         if "corresponds to no data" in str(error):
             # So says datasets of a file with a header or brackets and nothing else.
             raise InputError(f"{path} has no rows.") from error
@@ -211,7 +241,7 @@ def check_rows(source: Source, columns: Iterable[str]) -> None:
         if column not in source.rows.column_names:
             raise InputError(f"{source.name} has no column {column!r}{suggest(column, source.rows.column_names)}")
         values = source.rows.select_columns(column).with_format("arrow")[:][column]
-        if not _is_plain_text(values):
+        if not _is_plain_text(values) or column in ("messages", "input_ids"):
             _check_each(source, column)
         elif (index := pc.index(pc.equal(pc.coalesce(values, ""), ""), True).as_py()) >= 0:
             raise _no_value(source, index + 1, column)
@@ -229,14 +259,19 @@ def _is_plain_text(values: pa.ChunkedArray) -> bool:
 
 
 def _check_each(source: Source, column: str) -> None:
+    first = None
     for number, value in enumerate(_values(source, column), start=1):
         if _is_empty(value):
             raise _no_value(source, number, column)
-        if column in _TEXT_COLUMNS and not (isinstance(value, str) or _is_conversation(value)):
+        if column in _KINDS and not _KINDS[column][0](value):
+            wanted = _KINDS[column][1]
+            raise InputError(f"{source.name}: row {number}: {column!r} is {value!r:.80}, which is {wanted}.")
+        if column in _TEXT_COLUMNS and type(value) is not type(first or value):
+            here, there = ("text", "messages") if isinstance(value, str) else ("messages", "text")
             raise InputError(
-                f"{source.name}: row {number}: {column!r} is {value!r:.80}, which is neither text nor a list of messages "
-                "{role: …, content: …}."
+                f"{source.name}: row {number}: {column!r} is {here}, and in row 1 it is {there}: write all alike."
             )
+        first = value if first is None else first
 
 
 def _no_value(source: Source, number: int, column: str) -> InputError:
@@ -252,6 +287,33 @@ def _is_message(message: dict[str, Any]) -> bool:
     content, calls = message.get("content"), message.get("tool_calls")
     said = isinstance(content, (str, list)) or (content is None and bool(calls))
     return bool(message.get("role")) and said
+
+
+def _check_one_kind(source: Source) -> None:
+    """Prompts and completions are both text, or both messages; within a column all are alike."""
+    first = source.rows[0]
+    if isinstance(first["prompt"], str) != isinstance(first["completion"], str):
+        raise InputError(
+            f"{source.name}: row 1: one of 'prompt' and 'completion' is text and the other messages; make both the same."
+        )
+
+
+def _is_token_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(token, int) and token >= 0 for token in value)
+
+
+_MESSAGES = "a list of messages {role: …, content: …}"
+_TEXT_OR_MESSAGES = (
+    lambda value: isinstance(value, str) or _is_conversation(value),
+    f"neither text nor {_MESSAGES}",
+)
+# What the values of a column must be, and what is said of others.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_TEXT_COLUMNS, _TEXT_OR_MESSAGES),
+    "text": (lambda value: isinstance(value, str), "no text"),
+    "messages": (_is_conversation, f"not {_MESSAGES}"),
+    "input_ids": (_is_token_ids, "no list of the numbers of tokens"),
+}
 
 
 def _values(source: Source, column: str) -> Iterator[Any]:

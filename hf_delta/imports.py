@@ -19,15 +19,16 @@ def load_object(path: str, key: str) -> Any:
         `InputError`: the path has no dot, its module cannot be imported or fails while it is, or it has no such name.
     """
     module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise InputError(f"{key}: {path!r} is not a dotted path such as my_package.my_module.{path}.")
+    if not all(part.isidentifier() for part in path.split(".")) or not module_name:
+        example = f"my_module.{path}" if path.isidentifier() else "my_module.my_function"
+        raise InputError(f"{key}: {path!r} is not a dotted path such as {example}.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise InputError(f"{key}: {path}: cannot import {module_name} ({error}).") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = f"{type(error).__name__}: {error}"
         raise InputError(f"{key}: {path}: {module_name} fails when it is imported ({reason}).") from error
     if not hasattr(module, name):

@@ -1,6 +1,8 @@
 """What every trainer of ours does on resume: take the newest whole checkpoint, and refuse that of another method."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,10 @@ def check_method(path: Path, state: dict[str, Any], method: dict[str, Any], sett
     Raises:
         `InputError`: the methods differ.
     """
+    if not isinstance(state, dict) or not all(isinstance(state.get(key), dict) for key in ("method", "settings")):
+        raise InputError(
+            f"{path} is damaged: it does not say which method it is of. Resume from an earlier checkpoint."
+        )
     saved = state["method"]
     differing = [
         f"{key}: {saved.get(key)!r} there, {value!r} here" for key, value in method.items() if saved.get(key) != value
@@ -67,6 +73,24 @@ def check_method(path: Path, state: dict[str, Any], method: dict[str, Any], sett
             logger.warning(
                 "%s was saved with %s %s; the run goes on with %s.", path, key, state["settings"].get(key), value
             )
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Inside, what a state file lacks, or holds in another form than is read here, is said as one error.
+
+    Raises:
+        `InputError`: it is damaged, or of another version of hf_delta.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(
+            f"{path} does not hold what this hf_delta reads ({type(error).__name__}: {error}): it is damaged, or of another "
+            "version. Resume from an earlier checkpoint."
+        ) from error
 
 
 def state_of(rule: Any, name: str) -> Any:

@@ -1,8 +1,9 @@
 """Train a recipe from beginning to end. `hf-delta run RECIPE` and `accelerate launch -m hf_delta.train RECIPE` are this."""
 
 import gc
-import importlib.util
 import logging
+import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import datasets
 from datasets import Dataset
+from jinja2 import TemplateError
 from rich.logging import RichHandler
+from safetensors import SafetensorError
 from transformers import AutoConfig, ProgressCallback, Trainer
 from trl import get_quantization_config
 
 from hf_delta._compat.transformers import load_checkpoint
-from hf_delta._compat.vllm import INSTALL_VLLM, vllm_mismatch
 from hf_delta.adapters.dora import fast_dora
 from hf_delta.checkpoint import steps_of
 from hf_delta.data import CACHE, load_eval_rows, load_train_rows
@@ -26,23 +28,51 @@ from hf_delta.playground import build_playground
 from hf_delta.plot import plot_pictures
 from hf_delta.recipe import Recipe, load_recipe
 from hf_delta.recipe.load import use_of_rows
-from hf_delta.recipe.peft import wants_fast_dora
+from hf_delta.recipe.peft import check_virtual_tokens, wants_fast_dora
 from hf_delta.recipe.rewards import resolve_reward
+from hf_delta.rules import as_dict
 from hf_delta.run.card import absolute, write_card
-from hf_delta.run.console import announce, console, fail, is_main_process
-from hf_delta.run.directory import check_output_dir, clear, write_manifest
+from hf_delta.run.console import announce, console, fail, is_main_process, no_permission
+from hf_delta.run.directory import check_output_dir, clear, finish_manifest, is_finished, write_manifest
 from hf_delta.run.evaluation import BEFORE, evaluate_policy, evaluation_reward, write_report
+from hf_delta.run.extras import check_packages
+from hf_delta.run.fits import (
+    NO_TEMPLATE,
+    check_checkpoint,
+    check_finite,
+    check_modules_to_save,
+    check_template,
+    check_vocabulary,
+)
+from hf_delta.run.hub import check_token
+from hf_delta.run.leaving import EXIT_STATUS, StopOnSigterm, Stopped
+from hf_delta.run.model import check_model_files
+from hf_delta.run.papers import papers_of_training
 from hf_delta.run.processes import main_first, naming_the_process, on_main, parallelism
 from hf_delta.run.progress import TrainingProgress
+from hf_delta.run.publish import Destination, destination_of, publish_run, ready, without_push
+from hf_delta.run.result import read_result
+from hf_delta.run.undo import undoing
 
 
 logger = logging.getLogger(__name__)
 
-_INSTALL = {
-    "vllm": INSTALL_VLLM,
-    "bitsandbytes": "pip install 'hf_delta[quantization]', or leave load_in_4bit and load_in_8bit out",
-    "liger_kernel": "pip install liger-kernel, or leave use_liger_kernel out",
-}
+# What constructors of trainers raise for models, tokenizers, templates and settings that do not work.
+_REFUSALS = (
+    ValueError,
+    TypeError,
+    ImportError,
+    RuntimeError,
+    OSError,
+    LookupError,
+    AttributeError,
+    AssertionError,
+    EOFError,
+    pickle.UnpicklingError,
+    SafetensorError,
+    TemplateError,
+    re.error,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,14 +86,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(load_recipe(argv[0], argv[1:]))
     except InputError as error:
         return fail(error)
+    except PermissionError as error:
+        return fail(no_permission(error))
     except KeyboardInterrupt:
-        announce("Interrupted. The same command with --resume_from_checkpoint true goes on from the last checkpoint.")
+        announce("Interrupted. The same command with --resume goes on from the last checkpoint.")
         return 130
+    except Stopped as stopped:
+        announce(str(stopped))
+        return EXIT_STATUS
     return 0
 
 
 def run(recipe: Recipe) -> Path:
-    """Check, train, save and report.
+    """Check, train, save and report; with `dry_run`, check and print the plan.
 
     Collective: every process of a launch calls it with the same recipe.
 
@@ -73,29 +108,50 @@ def run(recipe: Recipe) -> Path:
 
     Raises:
         `InputError`: anything wrong with the recipe, its data, or its output directory; nothing was lost.
+        [`~hf_delta.run.leaving.Stopped`]: SIGTERM came while it trained; all is in a checkpoint.
     """
     _set_up_logging()
-    with fast_dora() if wants_fast_dora(recipe.values) else nullcontext():
+    if recipe.run.dry_run:
+        return _plan(recipe)
+    with fast_dora() if wants_fast_dora(recipe.values) else nullcontext(), undoing(recipe.output_dir):
         return _run(recipe)
 
 
 def _run(recipe: Recipe) -> Path:
     rewards = [resolve_reward(entry) for entry in recipe.run.reward_funcs or []]
     judge = evaluation_reward(recipe, rewards)
+    destination = destination_of(recipe)
+    if destination is not None and on_main(is_finished, recipe):
+        announce(f"{recipe.output_dir} holds this run, finished: nothing is left to train")
+        return _push(recipe, destination)
     checkpoint = on_main(check_output_dir, recipe)
+    if destination is not None:
+        on_main(check_token, destination.token)
     _ready_model(recipe)
     train_rows, eval_rows = _load_rows(recipe, rewards, judge)
+    if destination is not None:
+        destination = on_main(ready, destination)
 
     trainer = _build_trainer(recipe, train_rows, eval_rows, rewards)
     before = judge and evaluate_policy(trainer, recipe, eval_rows, judge, "before")
-    on_main(_write_first_files, recipe, checkpoint, before)
+    on_main(_write_first_files, recipe, checkpoint, before, papers_of_training(trainer))
     _train(trainer, recipe, checkpoint)
     _save(trainer)
 
     after = judge and evaluate_policy(trainer, recipe, eval_rows, judge, "after")
-    results = on_main(_report, recipe, before, after)
-    _publish(trainer, recipe, results)
+    on_main(_report, recipe, before, after)
+    on_main(_finish, recipe)
     _end(trainer)
+    # After the processes have parted, because none of them can wait for an upload of hours.
+    return recipe.output_dir if destination is None else _push(recipe, destination)
+
+
+def _plan(recipe: Recipe) -> Path:
+    from hf_delta.plan.report import show
+    from hf_delta.plan.run import dry_run
+
+    destination_of(recipe)  # asks nobody
+    show(dry_run(recipe), console())
     return recipe.output_dir
 
 
@@ -121,23 +177,27 @@ def _check_model(recipe: Recipe) -> None:
     Raises:
         `InputError`: there is no model of that name, or a package that it would be loaded with is missing.
     """
+    check_packages(recipe)
+    check_virtual_tokens(recipe.peft, recipe.source)
     name, model, training = recipe.model.model_name_or_path, recipe.model, recipe.training
-    needed = {
-        "vllm": getattr(training, "use_vllm", False),
-        "bitsandbytes": model.load_in_4bit or model.load_in_8bit,
-        "liger_kernel": training.use_liger_kernel,
-    }
-    for package, is_needed in needed.items():
-        if is_needed and importlib.util.find_spec(package) is None:
-            raise InputError(f"{recipe.source}: {package} is not installed: {_INSTALL[package]}.")
-    if needed["vllm"] and (mismatch := vllm_mismatch()):
-        raise InputError(f"{recipe.source}: {mismatch}")
+    template = getattr(training, "chat_template_path", None)
+    if template is not None and Path(template).suffix in (".jinja", ".j2") and not Path(template).is_file():
+        raise InputError(f"{recipe.source}: chat_template_path: {template} does not exist.")
     trust = getattr(training, "trust_remote_code", False)
     try:
-        AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=trust)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=trust)
+    except Exception as error:
+        # Besides what is missing, whatever a class of configurations trips over.
         where = "has no usable config.json" if Path(name).is_dir() else "is no directory here and no model of the Hub"
-        raise InputError(f"model_name_or_path: {name} {where} ({str(error).splitlines()[0]}).") from error
+        raise InputError(f"model_name_or_path: {name} {where} ({_first_lines(error)}).") from error
+    if Path(name).is_dir() and not trust:
+        check_model_files(Path(name), config)
+
+
+def _first_lines(error: Exception) -> str:
+    """The first line, and the next if that ends in a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
 
 
 def _build_playground(recipe: Recipe) -> None:
@@ -168,24 +228,33 @@ def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | Non
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
         "dtype": model.dtype,
-        **(training.model_init_kwargs or {}),
+        **as_dict(training.model_init_kwargs, f"{recipe.source}: model_init_kwargs"),
     }
+    if recipe.peft is not None and not Path(model.model_name_or_path).is_dir() and model.model_revision != "main":
+        # TRL forgets it, and the adapter would be loaded onto another version.
+        recipe.peft.revision = model.model_revision
     try:
         trainer = recipe.trainer_class(
             # Absolute, because an adapter remembers it and may be loaded from another directory.
             model=absolute(model.model_name_or_path),
-            args=training,
+            args=without_push(training),
             train_dataset=train_rows,
             eval_dataset=eval_rows if training.eval_strategy != "no" else None,
             quantization_config=get_quantization_config(model),
             peft_config=recipe.peft,
             **({"reward_funcs": rewards} if rewards else {}),
         )
-    except (ValueError, TypeError, ImportError, RuntimeError, NotImplementedError) as error:
+    except _REFUSALS as error:
         if isinstance(error, InputError):
             raise
         logger.debug("The constructor of the trainer failed.", exc_info=True)
+        if "chat_template is not set" in str(error):
+            raise InputError(f"{recipe.source}: {NO_TEMPLATE}") from error
         raise InputError(f"{recipe.source}: {type(error).__name__}: {str(error).strip()}") from error
+    check_vocabulary(trainer, train_rows)
+    check_template(trainer, train_rows)
+    check_finite(trainer)
+    check_modules_to_save(trainer)
     if not len(trainer.train_dataset):
         # Rows whose prompt fills max_length have nothing to learn from, and TRL leaves them out.
         raise InputError(
@@ -201,11 +270,21 @@ def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | Non
 def _train(trainer: Trainer, recipe: Recipe, checkpoint: str | None) -> None:
     """Collective: train, or take over a checkpoint that is at `max_steps` already, so that a run can be given again."""
     done = 0 if checkpoint is None else steps_of(checkpoint)
+    if checkpoint is not None:
+        check_checkpoint(trainer, checkpoint)
     if not 0 < recipe.training.max_steps <= done:
         spread = parallelism(trainer.accelerator)
         announce(f"Training: {recipe.trainer}, {recipe.model.model_name_or_path} ({spread})")
-        with naming_the_process():
+        leaving = StopOnSigterm(trainer.accelerator)
+        trainer.add_callback(leaving)
+        with naming_the_process(), leaving.listening():
             trainer.train(resume_from_checkpoint=checkpoint)
+        if leaving.stopped:
+            _end(trainer)
+            raise Stopped(
+                f"Stopped by SIGTERM after step {trainer.state.global_step}, which is saved. The same command with --resume "
+                "goes on from there."
+            )
         return
     reached = f"{checkpoint} is at step {done}, and max_steps is {recipe.training.max_steps}"
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -232,37 +311,36 @@ def _save(trainer: Trainer) -> None:
     trainer.save_state()
 
 
-def _write_first_files(recipe: Recipe, checkpoint: str | None, before: Report | None) -> None:
+def _write_first_files(recipe: Recipe, checkpoint: str | None, before: Report | None, papers: list) -> None:
     if recipe.run.overwrite_output_dir:
         clear(recipe.output_dir)
-    write_manifest(recipe, checkpoint)
+    write_manifest(recipe, checkpoint, papers)
     if before is not None:
         before.save(recipe.output_dir / BEFORE, overwrite=True)
 
 
-def _report(recipe: Recipe, before: Report | None, after: Report | None) -> str | None:
-    """Comparison and picture; returns the comparison as Markdown."""
-    results = write_report(before, after, recipe.output_dir) if before and after else None
+def _report(recipe: Recipe, before: Report | None, after: Report | None) -> None:
+    """Comparison and pictures."""
+    if before and after:
+        write_report(before, after, recipe.output_dir)
     try:
         for name, picture in plot_pictures(recipe.output_dir).items():
             announce(f"{name} in {picture}")
     except InputError as error:  # a run without a single logged value
         logger.warning("%s", error)
-    return results
 
 
-def _publish(trainer: Trainer, recipe: Recipe, results: str | None) -> None:
-    """Collective: upload to the Hub if the recipe says so, and write the model card."""
-    if recipe.training.push_to_hub:
-        announce(f"Pushing to the Hub: {trainer.hub_model_id}")
-        trainer.push_to_hub()
-    if not trainer.is_world_process_zero():
-        return
-    card = write_card(trainer, recipe, results)
-    if recipe.training.push_to_hub:
-        # What trainer.push_to_hub has uploaded is TRL's own card.
-        card.push_to_hub(trainer.hub_model_id, token=recipe.training.hub_token)
+def _finish(recipe: Recipe) -> None:
+    finish_manifest(recipe.output_dir)
+    write_card(read_result(recipe.output_dir))
     announce(f"Saved in {recipe.output_dir}; its README.md says how to load it")
+
+
+def _push(recipe: Recipe, destination: Destination) -> Path:
+    """Upload from the main process alone, without the others."""
+    if is_main_process():
+        publish_run(recipe.output_dir, destination)
+    return recipe.output_dir
 
 
 if __name__ == "__main__":

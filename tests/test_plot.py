@@ -276,9 +276,10 @@ def test_files(tmp_path):
 
 def test_nothing_to_plot(tmp_path):
     message = "Nothing to plot in .*looked for logged values in trainer_state.json .*eval_before.json"
-    for directory in (tmp_path, tmp_path / "none"):
-        with pytest.raises(InputError, match=message):
-            plot_run(directory)
+    with pytest.raises(InputError, match=message):
+        plot_run(tmp_path)
+    with pytest.raises(InputError, match="Nothing to plot in .*none: it is no directory"):
+        plot_run(tmp_path / "none")
     write_state(tmp_path, [{"step": 1, "train_runtime": 3.0}])
     with pytest.raises(InputError, match=message):
         plot_run(tmp_path)

@@ -283,7 +283,7 @@ GRPO = SFT.replace("sft", "grpo") + "reward_funcs: [playground_reward]\nnum_gene
         ("temperature: .nan", "must be finite, got nan."),
         ("learning_rate: -1e-5", "must be at least 0, got -1e-05."),
         ("learning_rate: .inf", "must be finite, got inf."),
-        ("seed: -1", "must be at least 0, got -1."),
+        ("seed: -1", "must be at least 0 and at most 4294967295, got -1."),
         ("epsilon: -0.2", "must be at least 0, got -0.2."),
         ("beta: -0.1", "must be at least 0, got -0.1."),
         ("top_p: 0.0", "must be above 0 and at most 1, got 0.0."),

@@ -37,11 +37,13 @@ FUNCTIONS = [
     "adapters/bone/additive.py",
     "adapters/bone/bat.py",
     "adapters/pmss/selection.py",
+    "plan/memory.py",
+    "plan/steps.py",
 ]
 # Rooms from the ground up: a module may import from its own floor and from those before it.
 FLOORS = [
     ["errors.py", "__init__.py", "_compat/__init__.py", "_compat/imports.py", "_compat/versions.py"],
-    ["imports.py", "checkpoint.py", "resume.py", "ids.py", "rules.py", "ops", "_compat"],
+    ["imports.py", "paths.py", "checkpoint.py", "resume.py", "ids.py", "rules.py", "ops", "_compat"],
     ["adapters/base"],
     ["adapters/bone", "adapters/dora", "adapters/edora", "adapters/pmss"],
     ["adapters"],
@@ -68,7 +70,7 @@ FLOORS = [
     ["rl/resume.py", "rl/configured.py"],
     ["rl/trainer.py", "rl/__init__.py", "preference", "sft.py", "plot"],
     ["recipe", "recipe.py", "data.py"],
-    ["train.py", "run"],
+    ["train.py", "run", "plan"],
     ["cli.py"],
 ]
 

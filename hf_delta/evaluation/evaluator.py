@@ -1,5 +1,6 @@
 """pass@k of a model on problems with a verifiable answer."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -56,8 +57,8 @@ def evaluate(
     Raises:
         InputError: if a setting, row or the reward function cannot be used; settings and rows before any sampling.
     """
-    _check_settings(ks, samples, temperature, max_new_tokens, batch_size)
-    rows = checked_rows(rows)
+    _check_settings(ks, samples, temperature, max_new_tokens, batch_size, seed)
+    rows = checked_rows(rows, str((source or {}).get("data") or "the evaluation data"))
     reward = load_reward(score)
     tokens = [prompt_ids(tokenizer, row["prompt"]) for row in rows]
     for row, ids in zip(rows, tokens):
@@ -113,7 +114,7 @@ def evaluate_files(
     Raises:
         InputError: if a file, setting, row or the reward function cannot be used; all but the model before it loads.
     """
-    _check_settings(ks, samples, temperature, max_new_tokens, batch_size)
+    _check_settings(ks, samples, temperature, max_new_tokens, batch_size, seed)
     rows = load_rows(data)
     reward = load_reward(reward)
     network, tokenizer = load_model_and_tokenizer(model, adapter, device)
@@ -201,15 +202,26 @@ def _examples(tallies: list[_Tally]) -> list[Example]:
     return examples
 
 
-def _check_settings(ks: Sequence[int], samples: int, temperature: float, max_new_tokens: int, batch_size: int) -> None:
-    for name, value in (("samples", samples), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+def _check_settings(
+    ks: Sequence[int], samples: int, temperature: float, max_new_tokens: int, batch_size: int, seed: int
+) -> None:
+    if not ks or len(set(ks)) < len(ks):
+        raise InputError(f"k: name at least one k and none twice, got {', '.join(map(str, ks)) or 'none'}.")
+    for name, value in (
+        ("k", min(ks)),
+        ("samples", samples),
+        ("max_new_tokens", max_new_tokens),
+        ("batch_size", batch_size),
+    ):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}.")
-    if not ks or len(set(ks)) < len(ks):
-        raise InputError(f"ks must name at least one k and none twice, got {list(ks)}.")
-    if min(ks) < 1 or max(ks) > samples:
+    if max(ks) > samples:
         raise InputError(
-            f"pass@{min(ks) if min(ks) < 1 else max(ks)} cannot be estimated from {samples} samples per problem."
+            f"pass@{max(ks)} cannot be estimated from {samples} samples per problem: raise samples, or leave that k out."
         )
-    if temperature < 0 or (temperature == 0 and samples > 1):
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"temperature must be a finite number from 0 up, got {temperature}.")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"seed must lie in [0, 2**63), got {seed}.")
+    if temperature == 0 and samples > 1:
         raise InputError(f"temperature {temperature} with {samples} samples: use above 0, or 0 with one sample.")

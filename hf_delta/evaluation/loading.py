@@ -30,6 +30,7 @@ def load_model_and_tokenizer(
     """
     base, adapter = base_and_adapter(model, adapter)
     device = device or default_device()
+    check_device(device)
     tokenizer = load_tokenizer(base, adapter)
     network = _load(AutoModelForCausalLM, base, "model")
     if adapter is not None:
@@ -39,14 +40,16 @@ def load_model_and_tokenizer(
         try:
             network = PeftModel.from_pretrained(network, str(adapter))
         except Exception as error:
-            raise InputError(f"The adapter in {adapter} does not load onto {base}: {error}") from error
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            reason = next((line for line in lines if "size mismatch" in line), lines[0])
+            raise InputError(
+                f"The adapter in {adapter} does not load onto {base} ({reason.rstrip('.')}). It is damaged, or of another base "
+                "model."
+            ) from error
         if any(getattr(config, "use_dora", False) for config in network.peft_config.values()):
             # The same values to rounding; the computation of PEFT itself forms each weight anew for each token.
             enable_fast_dora()
-    try:
-        return network.to(device), tokenizer
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"The model does not go to device {device!r}: {error}") from error
+    return network.to(device), tokenizer
 
 
 def load_tokenizer(model: str | Path, adapter: str | Path | None = None) -> PreTrainedTokenizerBase:
@@ -59,6 +62,20 @@ def load_tokenizer(model: str | Path, adapter: str | Path | None = None) -> PreT
 def default_device() -> str:
     """Where a model goes if nobody says where."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """
+    Raises:
+        InputError: there is no such device here.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"The model does not go to device {device!r} ({reason}). Write cpu, cuda or cuda:<number>."
+        ) from error
 
 
 def base_and_adapter(model: str | Path, adapter: str | Path | None = None) -> tuple[str, Path | None]:
@@ -77,10 +94,10 @@ def base_and_adapter(model: str | Path, adapter: str | Path | None = None) -> tu
     if adapter is not None:
         raise InputError(f"{model} and {adapter} are both adapters; give the base model and one adapter.")
     try:
-        base = json.loads(config.read_text())["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{config} cannot be read ({error!r}).") from error
-    if not base:
+        base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError, AttributeError) as error:
+        raise InputError(f"{config} cannot be read ({error!r}): it is damaged.") from error
+    if not isinstance(base, str) or not base:
         raise InputError(f"{config} names no base model: give the base as the model and {model} as its adapter.")
     return base, Path(model)
 

@@ -133,8 +133,10 @@ class Report:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"The evaluation report {path} cannot be read ({error}).") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"The evaluation report {path} cannot be read ({error}): remove it, or evaluate again."
+            ) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise InputError(f"{path} is not an evaluation report of hf_delta.")
         if content.get("version") != FORMAT_VERSION:

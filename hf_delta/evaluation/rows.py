@@ -44,7 +44,7 @@ def json_rows(path: str | Path, what: str) -> list[Any]:
             continue
         try:
             rows.append(json.loads(line, parse_constant=_refuse_constant))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}, row {number}: not JSON ({error}). Each line is one JSON object.") from error
     return rows
 
@@ -120,6 +120,10 @@ def checked_row(row: Any, number: int, source: str, keys: Iterable[str] = ("prom
         raise InputError(
             f"{source}, row {number}: `prompt` must be a string or a list of messages with role and content."
         )
+    try:
+        json.dumps(prompt, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{source}, row {number}: half of a surrogate pair, which is no text ({error}).") from error
     return dict(row)
 
 

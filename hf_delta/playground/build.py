@@ -1,6 +1,7 @@
 """Builds a playground: a directory with a base model, its tokenizer and data files that any other tool can load."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 from hf_delta.errors import InputError
+from hf_delta.paths import check_writable, expanded
 from hf_delta.playground.data import write_data
 from hf_delta.playground.model import build_model
 from hf_delta.playground.pretrain import STEPS, pretrain
@@ -54,12 +56,14 @@ def build_playground(
     """
     steps = STEPS if pretrain_steps is None else pretrain_steps
     if steps < 1:
-        raise InputError(f"pretrain_steps must be at least 1, got {steps}.")
+        raise InputError(f"playground: pretrain_steps must be at least 1, got {steps}.")
     if not 0 <= seed < 2**32:
-        raise InputError(f"The seed of a playground must lie in [0, 2**32), got {seed}.")
+        raise InputError(f"playground: seed must lie in [0, 2**32), got {seed}.")
     wanted = {"format_version": FORMAT_VERSION, "task": task, "seed": seed, "pretrain_steps": steps}
-    out = Path(out).expanduser()
+    out = expanded(out)
     target = out.resolve()
+    if not os.path.exists(target):
+        check_writable(out, "playground", directory=True)
     if _is_complete(target, wanted):
         return out
     family = load_task(task)
@@ -87,7 +91,7 @@ def _is_complete(out: Path, wanted: dict[str, Any]) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not out.is_dir():
-        raise InputError(f"{out} is a file. {remedy}")
+        raise InputError(f"playground: {out} is a file. Name another directory.")
     if not (out / MANIFEST).is_file():
         kind = "a half-written playground" if (out / "model").is_dir() else "something other than a playground"
         raise InputError(f"{out} holds {kind}: it has no {MANIFEST}. {remedy}")

@@ -39,6 +39,8 @@ def plot_run(run_dir: str | Path, out: str | Path | None = None) -> Path:
         InputError: if there is nothing to draw, a report is damaged, or the suffix is no format.
     """
     out = Path(run_dir) / CURVES if out is None else Path(out)
+    if not Path(run_dir).is_dir():
+        raise NothingToPlot(f"Nothing to plot in {run_dir}: it is no directory. Give the output_dir of a run.")
     check_format(out)
     figure = run_figure(run_dir)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,9 @@ class History:
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """Steps and values of a key, both `(N,)`, without what is no finite number."""
-        points = [(row["step"], row[key]) for row in self._rows if "step" in row and is_number(row.get(key))]
+        points = [
+            (row["step"], row[key]) for row in self._rows if is_number(row.get("step")) and is_number(row.get(key))
+        ]
         steps, values = np.array(points, dtype=float).reshape(-1, 2).T
         return steps, values
 
@@ -43,9 +45,11 @@ def newest_log(run_dir: Path) -> list[dict[str, Any]]:
             continue
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
+            if not all(isinstance(row, dict) for row in state.get("log_history", [])):
+                raise TypeError("a row of the log is no block of keys")
             if not newest or state["global_step"] > newest["global_step"]:
                 newest = state
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             # A run that was killed while it saved leaves one, and older ones that can be read.
             logger.warning("Left out %s, which cannot be read (%r).", path, error)
     return newest.get("log_history", [])

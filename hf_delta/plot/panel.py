@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 
 from hf_delta.errors import InputError
+from hf_delta.paths import check_writable
 
 
 STEP = "optimizer step"
@@ -24,10 +25,11 @@ class Panel:
 
 
 def check_format(out: Path) -> None:
-    """Refuse a name whose suffix is no format that we draw.
+    """Refuse a name whose suffix is no format that we draw, or that cannot be written.
 
     Raises:
-        InputError: it is none.
+        InputError: it is none, or cannot.
     """
     if out.suffix not in (".png", ".pdf", ".svg"):
         raise InputError(f"Cannot draw {out}: the name must end in .png, .pdf or .svg.")
+    check_writable(out, "--out", directory=False)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from hf_delta.plot.figure import NothingToPlot, plot_run
 from hf_delta.plot.tokens import TOKEN_WEIGHTS, plot_token_weights
-from hf_delta.preference.snapshots import SNAPSHOTS
+from hf_delta.preference.snapshots import SNAPSHOTS, read_snapshots
 
 
 def plot_pictures(run_dir: str | Path, out: str | Path | None = None) -> dict[str, Path]:
@@ -22,6 +22,9 @@ def plot_pictures(run_dir: str | Path, out: str | Path | None = None) -> dict[st
         InputError: as [`plot_run`] and [`plot_token_weights`]; token weights alone are enough.
     """
     weights = Path(run_dir) / SNAPSHOTS
+    if weights.is_file():
+        # Before anything is drawn, so that nothing is if this cannot be.
+        read_snapshots(weights)
     pictures: dict[str, Path] = {}
     try:
         pictures["Curves"] = plot_run(run_dir, out)

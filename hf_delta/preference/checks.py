@@ -1,13 +1,13 @@
 """What a configuration asks of data and models: checked before anything is computed."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
 
 from hf_delta.errors import InputError
+from hf_delta.paths import expanded
 from hf_delta.preference.config import TOKEN_OBJECTIVES, DeltaDPOConfig
 from hf_delta.preference.list_data import add_labels, check_list_rows
 from hf_delta.preference.lists import LIST_LOSSES
@@ -116,7 +116,7 @@ def check_contrast(rule: TokenWeights | None) -> None:
     """
     for name in ("positive", "negative"):
         path = (getattr(rule, "contrast", None) or {}).get(name)
-        if path is not None and not Path(path).expanduser().is_dir():
+        if path is not None and not expanded(path).is_dir():
             raise InputError(
                 f"token_weights_kwargs: {name}: {path} is no directory. Train that model first, or correct the path."
             )

@@ -151,6 +151,11 @@ class DeltaDPOConfig(DPOConfig):
             raise InputError(f"loss_type: there is no {unknown[0]!r}; {meant}")
         if len(ours) > 1:
             raise InputError(f"loss_type: {ours[0]} and {ours[1]} cannot be trained on together. Write one of them.")
+        if "robust" in self.loss_type and not 0 <= self.label_smoothing < 0.5:
+            # TRL divides by 1 - 2 label_smoothing.
+            raise InputError(
+                f"label_smoothing must lie in [0, 0.5) with loss_type: robust, got {self.label_smoothing}."
+            )
         if not self.replaces_loss:
             return
         rest = [name for name in self.loss_type if name not in ours]
@@ -172,10 +177,6 @@ class DeltaDPOConfig(DPOConfig):
         if not ours and rest == ["sft"]:
             raise InputError(
                 "loss_type: sft alone has no preference in it. Write sigmoid beside it, or train with SFT."
-            )
-        if "robust" in rest and not 0 <= self.label_smoothing < 0.5:
-            raise InputError(
-                f"label_smoothing must lie in [0, 0.5) with loss_type: robust, got {self.label_smoothing}."
             )
         if "sft" in rest and self.feasible:
             raise InputError(

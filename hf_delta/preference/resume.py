@@ -14,7 +14,7 @@ from hf_delta.errors import InputError
 from hf_delta.ops.gather import is_partitioned
 from hf_delta.preference.examples import TokenExamples
 from hf_delta.preference.feasible import Multipliers
-from hf_delta.resume import Resumable, check_method, state_of
+from hf_delta.resume import Resumable, check_method, reading, state_of
 
 
 logger = logging.getLogger(__name__)
@@ -81,12 +81,14 @@ class ResumableDPO(Resumable, TokenExamples):
         self.resumed_step = steps_of(checkpoint)
         if not self.replaces_loss:
             return
-        state = load_state(checkpoint / STATE_FILE)
-        self.load_running_metrics(state["metrics"])
-        if self.multipliers is not None:
-            self.multipliers.load_state_dict(state["multipliers"])
-        if state["rule"]:
-            self.rule.load_state_dict(state["rule"])
+        path = checkpoint / STATE_FILE
+        state = load_state(path)
+        with reading(path):
+            self.load_running_metrics(state["metrics"])
+            if self.multipliers is not None:
+                self.multipliers.load_state_dict(state["multipliers"])
+            if state["rule"]:
+                self.rule.load_state_dict(state["rule"])
 
     def _method(self) -> dict[str, Any]:
         return {

@@ -109,6 +109,17 @@ class RunArguments:
             on from that checkpoint.
         overwrite_output_dir (`bool`, *optional*, defaults to `False`):
             Delete an earlier run of hf_delta in `output_dir` first. Other directories are never deleted.
+        base_model_id (`str`, *optional*):
+            With `push_to_hub`: id of the base model on the Hub, for what is uploaded. Needed where `model_name_or_path` is a
+            directory.
+        push_lora (`bool`, *optional*, defaults to `False`):
+            With `push_to_hub`: upload the adapter as a plain LoRA too, in the folder `lora/`.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Check everything that needs no network, print the plan (parameters, memory, steps, files) and write nothing.
+        num_processes (`int`, *optional*):
+            With `dry_run`: processes to plan for; those of `accelerate_config`, or of this launch, when absent.
+        accelerate_config (`str`, *optional*):
+            With `dry_run`: the configuration file that `accelerate launch` will get, or the name of a shipped one.
     """
 
     playground: str | None = field(
@@ -143,13 +154,33 @@ class RunArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Delete an earlier run of hf_delta in output_dir first."}
     )
+    base_model_id: str | None = field(
+        default=None, metadata={"help": "With push_to_hub: id of the base model on the Hub, where it is local here."}
+    )
+    push_lora: bool = field(
+        default=False, metadata={"help": "With push_to_hub: upload the adapter as a plain LoRA too, in lora/."}
+    )
+    dry_run: bool = field(default=False, metadata={"help": "Check, print the plan, and write nothing."})
+    num_processes: int | None = field(default=None, metadata={"help": "With dry_run: processes to plan for."})
+    accelerate_config: str | None = field(
+        default=None, metadata={"help": "With dry_run: the configuration that accelerate launch will get."}
+    )
 
     def __post_init__(self):
+        for key in ("num_processes", "accelerate_config"):
+            if getattr(self, key) is not None and not self.dry_run:
+                raise ValueError(
+                    f"{key} goes with dry_run alone. It is a setting of `accelerate launch`: give it there, before "
+                    "`-m hf_delta.train`."
+                )
         if self.evaluate_pass_at is None:
             self._check_no_evaluation()
             return
-        if not self.evaluate_pass_at or min(self.evaluate_pass_at) < 1:
-            raise ValueError(f"evaluate_pass_at must list numbers from 1 on, got {self.evaluate_pass_at}.")
+        ks = self.evaluate_pass_at
+        if not ks or min(ks) < 1 or len(set(ks)) < len(ks):
+            raise ValueError(f"evaluate_pass_at must list numbers from 1 on, each once, got {ks}.")
+        if self.evaluate_max_new_tokens is not None and self.evaluate_max_new_tokens < 1:
+            raise ValueError(f"evaluate_max_new_tokens must be at least 1, got {self.evaluate_max_new_tokens}.")
         largest = max(self.evaluate_pass_at)
         self.evaluate_samples = largest if self.evaluate_samples is None else self.evaluate_samples
         if self.evaluate_samples < largest:

@@ -5,6 +5,7 @@ import difflib
 import enum
 import functools
 import json
+import math
 import operator
 import types
 import typing
@@ -46,7 +47,12 @@ def build(cls: type[T], nodes: Mapping[str, Node], source: str, preset: Mapping[
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise InputError(f"{source}: {error}") from error
+        raise InputError(f"{source}: {str(error) or type(error).__name__}") from error
+    except Exception as error:
+        # Whatever a configuration of TRL, PEFT or transformers trips over is a value that it was given.
+        raise InputError(
+            f"{source}: {cls.__name__} does not take these values ({type(error).__name__}: {error})."
+        ) from error
 
 
 def check(key: str, node: Node, hint: Any, choices: Iterable[Any] | None = None) -> Any:
@@ -65,12 +71,22 @@ def check(key: str, node: Node, hint: Any, choices: Iterable[Any] | None = None)
         readings[1:1] = [node.text]
     accepted = [value for reading in readings for value in _validated(reading, hint)]
     if not accepted:
-        raise InputError(f"{node.where}: {key} must be {describe(hint)}, got {_got(node)}.")
+        remedy = " Write it without quotes." if _is_quoted_number(node.value, hint) else ""
+        raise InputError(f"{node.where}: {key} must be {describe(hint)}, got {_got(node)}.{remedy}")
     value = accepted[0]
     known = _known_words(hint, choices)
     if known is not None and value is not None and not isinstance(value, (bool, enum.Enum)) and value not in known:
         raise InputError(f"{node.where}: {key} is {_got(node)}, which it does not take{suggest(value, known, most=3)}")
     return value
+
+
+def _is_quoted_number(value: Any, hint: Any) -> bool:
+    if not isinstance(value, str) or not {int, float} & set(_parts(hint)):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _refuse_unknown_keys(key: str, node: Node, hint: Any) -> None:

@@ -4,6 +4,7 @@ import difflib
 from pathlib import Path
 
 from hf_delta.errors import InputError
+from hf_delta.paths import expanded
 
 
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -34,7 +35,7 @@ def find_recipe(name: str) -> Path:
     Raises:
         `InputError`: there is no such file and no such name.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         return path
     root = shipped("recipes")

@@ -2,15 +2,18 @@
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hf_delta._compat.planned import another_machine
 from hf_delta.errors import InputError
+from hf_delta.paths import expanded
 from hf_delta.recipe.arguments import DataArguments, RunArguments
 from hf_delta.recipe.fields import build, suggest, type_hints
 from hf_delta.recipe.find import find_recipe
-from hf_delta.recipe.limits import check_limits, check_report_to
+from hf_delta.recipe.launch import Launch, planned_launch
+from hf_delta.recipe.limits import check_deepspeed, check_limits, check_report_to
 from hf_delta.recipe.peft import build_peft_config
 from hf_delta.recipe.source import Node, apply_overrides, read_recipe
 
@@ -46,8 +49,6 @@ _HINTS = {
     "dataset_train_split": "Write dataset_split.",
     "dataset_test_split": "Write eval_split.",
     "datasets": "Write dataset_name or train_file.",
-    "num_processes": _LAUNCH_HINT,
-    "accelerate_config": _LAUNCH_HINT,
     "config_file": _LAUNCH_HINT,
 }
 
@@ -66,6 +67,7 @@ class Recipe:
         run (`RunArguments`): What happens around training.
         training (`transformers.TrainingArguments`): Configuration of the trainer.
         peft (`peft.PeftConfig` or `None`): Adapter; `None` is full fine-tuning.
+        launch (`Launch`, *optional*): What `dry_run` plans for.
     """
 
     source: str
@@ -76,6 +78,7 @@ class Recipe:
     run: RunArguments
     training: "TrainingArguments"
     peft: "PeftConfig | None"
+    launch: Launch | None = None
 
     @property
     def trainer_class(self) -> "type[Trainer]":
@@ -99,6 +102,14 @@ def load_recipe(path_or_name: str, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(path_or_name)
     source = str(path)
     nodes = apply_overrides(read_recipe(path), overrides)
+    launch = planned_launch(nodes)
+    if launch is None:
+        return _load(nodes, source)
+    with another_machine(launch.processes):
+        return replace(_load(nodes, source), launch=launch)
+
+
+def _load(nodes: dict[str, Node], source: str) -> Recipe:
     trainer = trainer_name(nodes.pop("trainer", None), source)
     _expand_home(nodes)
     owners = key_owners(trainer)
@@ -138,6 +149,7 @@ def _training(parts: Mapping[type, dict[str, Node]], source: str) -> "TrainingAr
     nodes = parts[training_class]
     check_limits(nodes)
     check_report_to(nodes.get("report_to"))
+    check_deepspeed(nodes.get("deepspeed"))
     return build(training_class, nodes, source)
 
 
@@ -148,7 +160,7 @@ def _resolve(dotted: str) -> Any:
 
 def trainer_name(node: Node | None, source: str) -> str:
     """The value of `trainer:`, checked."""
-    if node is None:
+    if node is None or node.value is None:
         raise InputError(f"{source}: trainer is missing; write `trainer: {' | '.join(TRAINERS)}`.")
     if not isinstance(node.value, str) or node.value not in TRAINERS:
         raise InputError(f"{node.where}: there is no trainer {node.plain()!r}{suggest(node.plain(), TRAINERS)}")
@@ -159,7 +171,7 @@ def _expand_home(nodes: dict[str, Node]) -> None:
     for key in _PATHS:
         node = nodes.get(key)
         if node is not None and isinstance(node.value, str) and node.value.startswith("~"):
-            nodes[key] = Node(str(Path(node.value).expanduser()), node.where)
+            nodes[key] = Node(str(expanded(node.value)), node.where)
 
 
 def _fill_from_playground(nodes: dict[str, Node], use: str) -> None:
@@ -215,15 +227,20 @@ def _unknown(key: str, known: Mapping[str, type], trainer: str) -> str:
 def _check(recipe: Recipe) -> None:
     """What several keys say together."""
     where, values, run = recipe.source, recipe.values, recipe.run
-    if values.get("output_dir") is None:
-        raise InputError(f"{where}: output_dir is missing; everything the run writes goes there.")
-    if recipe.model.model_name_or_path is None:
-        raise InputError(f"{where}: model_name_or_path is missing.")
+    if not values.get("output_dir"):
+        raise InputError(
+            f"{where}: output_dir is missing; everything the run writes goes there. Write output_dir: runs/mine."
+        )
+    if not recipe.model.model_name_or_path:
+        raise InputError(
+            f"{where}: model_name_or_path is missing; write a directory, or the id of a model of the Hub."
+        )
     if recipe.data.dataset_name is None and recipe.data.train_file is None:
         raise InputError(f"{where}: there is nothing to train on; write dataset_name or train_file.")
     if (recipe.trainer == "grpo") != bool(run.reward_funcs):
-        wrong = "needs" if recipe.trainer == "grpo" else "has no use for"
-        raise InputError(f"{where}: trainer {recipe.trainer} {wrong} reward_funcs.")
+        if recipe.trainer == "grpo":
+            raise InputError(f"{where}: trainer grpo needs reward_funcs; write reward_funcs: [my_module.my_function].")
+        raise InputError(f"{where}: trainer {recipe.trainer} has no use for reward_funcs. Remove it.")
     weights = getattr(recipe.training, "reward_weights", None)
     if weights is not None and len(weights) != len(run.reward_funcs or []):
         raise InputError(

@@ -1,5 +1,6 @@
 """The `peft_config:` block of a recipe."""
 
+import re
 from typing import TYPE_CHECKING, Any
 
 from hf_delta.errors import InputError
@@ -38,14 +39,46 @@ def build_peft_config(node: Node, source: str) -> "PeftConfig":
             raise InputError(f"{value.where}: method: {method.value} means {key}: {preset[key]}; leave it out.")
     if "task_type" in known:
         preset = {"task_type": "CAUSAL_LM", **preset}
-    return build(config_class, settings, f"{source}: peft_config", preset)
+    config = build(config_class, settings, f"{source}: peft_config", preset)
+    _check_patterns(config, settings)
+    return config
+
+
+def check_virtual_tokens(config: "PeftConfig | None", source: str) -> None:
+    """
+    Raises:
+        `InputError`: the method tunes a prompt, and nothing says how long it is, over which PEFT trips later.
+    """
+    if config is None or not config.is_prompt_learning or "num_virtual_tokens" not in type_hints(type(config)):
+        return
+    if not config.num_virtual_tokens:
+        raise InputError(
+            f"{source}: peft_config needs num_virtual_tokens for this method; write num_virtual_tokens: 8."
+        )
+
+
+def _check_patterns(config: "PeftConfig", settings: dict[str, Node]) -> None:
+    """
+    Raises:
+        `InputError`: a pattern is no regular expression.
+    """
+    for key in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, key, None)
+        if isinstance(pattern, str) and key in settings:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise InputError(
+                    f"{settings[key].where}: {key} is {pattern!r}, which is no regular expression ({error}). Write one, or a list "
+                    "of names."
+                ) from error
 
 
 def _resolve(method: Node) -> tuple[str, dict[str, object]]:
     known = sorted({*_config_classes(), *PRESETS})
     name = str(method.value).lower().replace("-", "_")
     if name not in known:
-        raise InputError(f"{method.where}: peft_config has no method {method.value!r}{suggest(name, known, most=3)}")
+        raise InputError(f"{method.where}: peft_config has no method {method.plain()!r}{suggest(name, known, most=3)}")
     return PRESETS.get(name, (name, {}))
 
 

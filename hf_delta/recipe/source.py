@@ -11,6 +11,9 @@ import yaml
 from hf_delta.errors import InputError
 
 
+SHORT_FLAGS = {"resume": "resume_from_checkpoint"}
+
+
 @dataclass(frozen=True)
 class Node:
     """One value of a recipe.
@@ -34,7 +37,9 @@ class Node:
         return self.value
 
 
-_YAML_11 = {f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float", "timestamp")}
+_YAML_TAG = "tag:yaml.org,2002:"
+_COLLECTIONS = (f"{_YAML_TAG}map", f"{_YAML_TAG}seq")
+_YAML_11 = {f"{_YAML_TAG}{name}" for name in ("bool", "int", "float", "timestamp")}
 _YAML_12 = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?(?:0|[1-9]\d*)|0x[\da-fA-F]+", "-+0123456789"),
@@ -54,7 +59,24 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _name, (_pattern, _first) in _YAML_12.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
+    _Loader.add_implicit_resolver(f"{_YAML_TAG}{_name}", re.compile(rf"(?:{_pattern})\Z"), list(_first))
+
+
+# More than any recipe has: aliases of aliases stand for billions of values.
+_MOST_VALUES = 10_000
+# Python refuses to print much longer ones.
+_MOST_BITS = 1024
+
+# What PyYAML says, and what to do about it.
+_REMEDIES = {
+    "'\\t'": "Indent with spaces.",
+    "find expected ':'": "Write `key: value`, with a space after the colon.",
+    "mapping values are not allowed": "Keys of one block stand below each other; put text with a colon in quotes.",
+    "another document": "A recipe is one document: remove the `---`.",
+    "undefined alias": "Put text that begins with * in quotes.",
+    "unexpected end of stream": "A quote or a bracket is not closed.",
+    "constructor for the tag": "Write the value without a tag; put text that begins with ! in quotes.",
+}
 
 
 def read_recipe(path: Path) -> dict[str, Node]:
@@ -65,18 +87,27 @@ def read_recipe(path: Path) -> dict[str, Node]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as UTF-8 text ({error}).") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text ({error}). Save it as UTF-8.") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
     node = _parse(text, str(path))
     if node.value is None:
-        raise InputError(f"{path}: the recipe is empty.")
+        raise InputError(f"{path}: the recipe is empty. Its first key is trainer: sft, dpo or grpo.")
     if not isinstance(node.value, dict):
         raise InputError(f"{node.where}: a recipe is a mapping of keys to values, one `key: value` a line.")
     return node.value
 
 
 def _parse(text: str, source: str, one_line: bool = False) -> Node:
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.reader.ReaderError as error:
+        where = source if one_line else f"{source}:{text.count(chr(10), 0, error.position) + 1}"
+        raise InputError(
+            f"{where}: the character {chr(error.character)!r} is not allowed in YAML. Remove it."
+        ) from error
+    loader.values_left = _MOST_VALUES
     try:
         root = loader.get_single_node()
         if root is None:
@@ -85,25 +116,39 @@ def _parse(text: str, source: str, one_line: bool = False) -> Node:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = source if one_line or mark is None else f"{source}:{mark.line + 1}"
-        raise InputError(f"{where}: not valid YAML: {error.problem or error.context}.") from error
+        problem = f"{error.problem or error.context}."
+        remedy = next((f" {remedy}" for said, remedy in _REMEDIES.items() if said in problem), "")
+        raise InputError(f"{where}: not valid YAML: {problem}{remedy}") from error
     except yaml.YAMLError as error:
         raise InputError(f"{source}: not valid YAML: {error}.") from error
+    except RecursionError as error:
+        raise InputError(
+            f"{source}: nested too deeply, or an alias (*) stands inside of what it stands for."
+        ) from error
     finally:
         loader.dispose()
 
 
 def _convert(loader: _Loader, node: yaml.Node, source: str, line: int | None) -> Node:
     where = source if line is None else f"{source}:{line + 1}"
+    loader.values_left -= 1
+    if loader.values_left < 0:
+        raise InputError(f"{where}: aliases (*) stand for more than {_MOST_VALUES} values. Write them out.")
+    if not isinstance(node, yaml.ScalarNode) and node.tag not in _COLLECTIONS:
+        raise InputError(
+            f"{where}: the tag {node.tag.replace(_YAML_TAG, '!!')} is not supported. Write the value without it."
+        )
     if isinstance(node, yaml.MappingNode):
         children: dict[str, Node] = {}
         for key_node, value_node in node.value:
             key_line = None if line is None else key_node.start_mark.line
             key_where = source if key_line is None else f"{source}:{key_line + 1}"
-            if key_node.tag == "tag:yaml.org,2002:merge":
+            if key_node.tag == f"{_YAML_TAG}merge":
                 raise InputError(f"{key_where}: merge keys (<<) are not supported; write the keys out.")
-            key = loader.construct_object(key_node, deep=True)
+            key = _scalar(loader, key_node, key_where) if isinstance(key_node, yaml.ScalarNode) else key_node.value
             if not isinstance(key, (str, int)):
-                raise InputError(f"{key_where}: the key {key!r} is not text.")
+                shown = key if isinstance(key_node, yaml.ScalarNode) else "in brackets"
+                raise InputError(f"{key_where}: the key {shown} is not text. Keys are names such as learning_rate.")
             key = str(key)
             if key in children:
                 raise InputError(f"{key_where}: {key} is given twice, first at {children[key].where}.")
@@ -112,14 +157,32 @@ def _convert(loader: _Loader, node: yaml.Node, source: str, line: int | None) ->
     if isinstance(node, yaml.SequenceNode):
         lines = [None if line is None else item.start_mark.line for item in node.value]
         return Node([_convert(loader, item, source, at) for item, at in zip(node.value, lines)], where)
-    return Node(loader.construct_object(node, deep=True), where)
+    return Node(_scalar(loader, node, where), where)
+
+
+def _scalar(loader: _Loader, node: yaml.ScalarNode, where: str) -> Any:
+    try:
+        value = loader.construct_object(node, deep=True)
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise ValueError("too many digits")
+        return value
+    except (ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
+        # A tag that does not fit, or more digits than Python reads.
+        kind = node.tag.replace(_YAML_TAG, "!!")
+        raise InputError(f"{where}: {shortened(repr(node.value), 40)} cannot be read as {kind} ({error}).") from error
+
+
+def shortened(text: str, most: int = 200) -> str:
+    """A text for a message, without its middle if it is long."""
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 4 :]}"
 
 
 def apply_overrides(recipe: Mapping[str, Node], flags: Sequence[str]) -> dict[str, Node]:
     """A recipe with command-line flags on top.
 
     `--key value`, `--key=value` and a bare `--key` (true) all work, with `-` or `_` inside the key; `--block.key value`
-    reaches into a nested block; several values make a list. Values are read as YAML.
+    reaches into a nested block; several values make a list. Values are read as YAML. `--resume` is short for
+    `--resume_from_checkpoint`.
 
     Raises:
         `InputError`: a value without a key, a value that is not YAML, or a dotted key whose block is not a block.
@@ -135,7 +198,8 @@ def _split(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
     for word in flags:
         if word.startswith("--") and len(word) > 2:
             key, equals, value = word[2:].partition("=")
-            pairs.append((key.replace("-", "_"), [value] if equals else []))
+            key = key.replace("-", "_")
+            pairs.append((SHORT_FLAGS.get(key, key), [value] if equals else []))
         elif not pairs:
             raise InputError(f"{word}: expected a flag such as --learning_rate 1e-5.")
         else:

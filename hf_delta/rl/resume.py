@@ -10,7 +10,7 @@ from hf_delta import __version__
 from hf_delta._compat.trl import GRPOHooks
 from hf_delta.checkpoint import ROLLOUTS_FILE, STATE_FILE, load_state, save_state
 from hf_delta.errors import InputError
-from hf_delta.resume import Resumable, check_method, state_of
+from hf_delta.resume import Resumable, check_method, reading, state_of
 from hf_delta.rl.curriculum import PASS_RATE, Curriculum
 from hf_delta.rl.weights import AdvantageTransform
 from hf_delta.rl.weights.base import transform_name
@@ -63,6 +63,10 @@ class ResumableGRPO(Resumable, GRPOHooks):
             return
         state = load_state(path)
         check_method(path, state, self._method(), self._settings())
+        with reading(path):
+            self._load_state(checkpoint, state)
+
+    def _load_state(self, checkpoint: Path, state: dict[str, Any]) -> None:
         for transform, saved in zip(self.advantage_transforms, state["transforms"]):
             if saved:
                 transform.load_state_dict(saved)

@@ -3,7 +3,9 @@
 import functools
 import inspect
 import math
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +37,7 @@ def checked_reward(function: Callable, name: str) -> Callable:
         async def call(**kwargs: Any) -> list[float | None]:
             try:
                 rewards = await function(**kwargs)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise _raised(name, error) from error
             return _checked(name, rewards, kwargs)
 
@@ -44,7 +46,7 @@ def checked_reward(function: Callable, name: str) -> Callable:
         def call(**kwargs: Any) -> list[float | None]:
             try:
                 rewards = function(**kwargs)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 raise _raised(name, error) from error
             return _checked(name, rewards, kwargs)
 
@@ -58,8 +60,10 @@ def _is_async(function: Callable) -> bool:
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
-def _raised(name: str, error: Exception) -> InputError:
-    return InputError(f"The reward function {name!r} raised {type(error).__name__}: {error}")
+def _raised(name: str, error: BaseException) -> InputError:
+    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return InputError(f"The reward function {name!r} raised {said} ({Path(at.filename).name}, line {at.lineno}).")
 
 
 def _checked(name: str, rewards: Any, kwargs: dict[str, Any]) -> list[float | None]:
@@ -81,7 +85,7 @@ def _checked(name: str, rewards: Any, kwargs: dict[str, Any]) -> list[float | No
     for row, reward in enumerate(rewards):
         if reward is not None and not _is_finite(reward):
             raise InputError(
-                f"The reward function {name!r} returned {reward} for the completion {completions[row]!r} of the "
+                f"The reward function {name!r} returned {reward!r} for the completion {completions[row]!r} of the "
                 f"prompt {kwargs['prompts'][row]!r}. Return a finite number, or None where the function does not apply."
             )
     return rewards

@@ -1,68 +1,244 @@
-"""The model card: TRL's, with how to load this very result and what was measured."""
+"""The model card: how to load this very result, what it was trained on, what was measured, and with which versions."""
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard
-from transformers import Trainer
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
-from hf_delta.recipe import Recipe
+from hf_delta import __version__
+from hf_delta.run.papers import papers_of_adapter
+from hf_delta.run.paths import is_local
+from hf_delta.run.result import Result
 
 
-def write_card(trainer: Trainer, recipe: Recipe, results: str | None = None) -> ModelCard:
-    """Write `README.md` of the output directory, on the main process.
+TRAINED_BY = {
+    "sft": "supervised fine-tuning (`SFTTrainer` of TRL)",
+    "dpo": "DPO (`DeltaDPOTrainer`)",
+    "grpo": "GRPO (`DeltaGRPOTrainer`)",
+}
+# Keys that say where and how something ran, not what.
+_NOT_THE_METHOD = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "overwrite_output_dir",
+    "push_to_hub",
+    "push_lora",
+    "disable_tqdm",
+)
 
-    Args:
-        trainer (`Trainer`): A trainer of TRL, after training.
-        recipe ([`Recipe`]): What was run.
-        results (`str`, *optional*): Markdown of the evaluation before and after.
+
+@dataclass(frozen=True)
+class Names:
+    """What a card calls things.
+
+    Attributes:
+        result (`str`): What to load: a directory, or an id of the Hub.
+        base (`str`, *optional*): The base model, likewise.
+        values (`dict`): The recipe's keys, as they may be shown.
+        lora_error (`float`, *optional*): Largest relative error of the LoRA copy in `lora/`; absent without one.
+        picture (`bool`, *optional*, defaults to `False`): Whether `curves.png` lies beside the card.
     """
-    base = recipe.model.model_name_or_path
-    trainer.create_model_card(model_name=recipe.output_dir.name, dataset_name=recipe.data.dataset_name)
-    path = recipe.output_dir / "README.md"
-    card = ModelCard.load(path)
-    text = card.text.replace("[None](https://huggingface.co/None)", f"`{base}`")
-    # TRL's example loads `hub_model_id`, which most runs do not have, and sends a chat to models that may have none.
-    before, _, rest = text.partition("## Quick start")
-    _, _, after = rest.partition("## Training procedure")
-    sections = [before.rstrip(), how_to_load(recipe)]
-    if results:
-        sections.append(results.strip())
-    card.text = "\n\n".join([*sections, f"## Training procedure\n{after}"])
-    if recipe.peft is not None:
-        card.data.library_name = "peft"
-    card.save(path)
+
+    result: str
+    base: str | None
+    values: dict[str, Any]
+    lora_error: float | None = None
+    picture: bool = False
+
+
+def write_card(result: Result) -> Path:
+    """Write `README.md` of a directory, for whoever finds it there."""
+    path = result.folder / "README.md"
+    local_card(result).save(path)
+    return path
+
+
+def local_card(result: Result, folder: str | None = None) -> ModelCard:
+    """The card of a result as it lies on a disk: where it is, or in the directory where it was trained."""
+    base = None if result.base is None else absolute(result.base)
+    return card_of(result, Names(folder or str(result.folder.resolve()), base, result.values))
+
+
+def card_of(result: Result, names: Names) -> ModelCard:
+    """The card of a result under the names that it has for its reader."""
+    title = Path(names.result).name
+    sections = [
+        f"# {title}\n\n{_summary(result, names)}",
+        how_to_load(result, names),
+        result.report or _no_report(result),
+        *(["![Curves of the training](curves.png)"] if names.picture else []),
+        f"## Training\n\n{_training(result, names)}",
+    ]
+    card = ModelCard(f"---\n{_metadata(result, names, title).to_yaml()}\n---\n")
+    card.text = "\n" + "\n\n".join(sections) + "\n"
     return card
 
 
-def how_to_load(recipe: Recipe) -> str:
-    """The section of the card with code that loads the result, as an adapter or as a model."""
-    name = recipe.training.hub_model_id or str(recipe.output_dir.resolve())
-    if recipe.peft is None:
-        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-        load = f'model = AutoModelForCausalLM.from_pretrained("{name}")'
-        note = ""
-    else:
-        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
-        if is_own_method(recipe):
-            imports = f"import hf_delta  # makes the method known to PEFT\n{imports}"
-        load = f'model = AutoPeftModelForCausalLM.from_pretrained("{name}")'
-        note = f"\nThis is an adapter. Its base model is `{absolute(recipe.model.model_name_or_path)}`.\n"
-        if is_own_method(recipe):
-            note += (
-                "Its method is not part of PEFT: without `import hf_delta`, loading it ends in "
-                f"`KeyError: '{recipe.peft.peft_type.value}'`. "
-                f"For tools that know plain LoRA only, such as vLLM:\n\n```\n"
-                f"hf-delta export --adapter {name} --format lora --out lora\n```\n"
-            )
-    return (
-        f"## How to load\n{note}\n```python\n{imports}\n\n{load}\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n```'
+def _metadata(result: Result, names: Names, title: str) -> ModelCardData:
+    values = result.values
+    tags = ["hf_delta", "trl" if values else None, values.get("trainer"), *_method_tags(result)]
+    dataset = values.get("dataset_name")
+    has_base = names.base is not None and not is_local(names.base)
+    return ModelCardData(
+        base_model=names.base if has_base else None,
+        base_model_relation=("adapter" if result.adapter else "finetune") if has_base else None,
+        datasets=[dataset] if dataset and not is_local(dataset) else None,
+        library_name="peft" if result.adapter else "transformers",
+        model_name=title,
+        pipeline_tag="text-generation",
+        tags=[tag for tag in dict.fromkeys(tags) if tag],
     )
 
 
-def is_own_method(recipe: Recipe) -> bool:
-    """Whether an adapter is of a method that PEFT itself does not have."""
-    return recipe.peft is not None and recipe.peft.peft_type.value.startswith("HFD_")
+def _method_tags(result: Result) -> list[str]:
+    kind = (result.kind or "").removeprefix("HFD_").lower()
+    found = [kind, result.manifest.get("method", {}).get("loss_type")]
+    found += [result.values.get(key) for key in ("prompt_weighting", "rollout_allocation")]
+    return [tag for tag in found if isinstance(tag, str) and tag]
+
+
+def _summary(result: Result, names: Names) -> str:
+    what = f"A {_method(result)} adapter" if result.adapter else "A model"
+    if (trained := _exported_from(result)) is not None:
+        what = f"A plain LoRA copy of a {trained.upper()} adapter"
+    base = "" if names.base is None else f" of {_linked(names.base)}"
+    how = TRAINED_BY.get(result.values.get("trainer"), "")
+    return f"{what}{base}{', trained by ' + how if how else ''}, made with hf_delta {_version(result)}."
+
+
+def _method(result: Result) -> str:
+    kind = str(result.kind).removeprefix("HFD_")
+    return "DoRA" if kind == "LORA" and result.adapter.get("use_dora") else kind
+
+
+def _exported_from(result: Result) -> str | None:
+    """The method that was trained, if this LoRA is a copy of another adapter."""
+    trained = str((result.values.get("peft_config") or {}).get("method", "lora")).lower()
+    return trained if result.kind == "LORA" and trained not in ("lora", "dora") else None
+
+
+def _linked(name: str) -> str:
+    return f"`{name}`" if is_local(name) else f"[{name}](https://huggingface.co/{name})"
+
+
+def how_to_load(result: Result, names: Names) -> str:
+    """The section of the card with the code that loads the result."""
+    if result.adapter is None:
+        imports, cls = ["from transformers import AutoModelForCausalLM"], "AutoModelForCausalLM"
+    else:
+        imports, cls = ["from peft import AutoPeftModelForCausalLM"], "AutoPeftModelForCausalLM"
+        if result.needs_import:
+            imports.insert(0, "import hf_delta  # makes the method known to PEFT")
+    load = [f'model = {cls}.from_pretrained("{names.result}")']
+    if (result.folder / "tokenizer_config.json").is_file():
+        imports.append("from transformers import AutoTokenizer")
+        load.append(f'tokenizer = AutoTokenizer.from_pretrained("{names.result}")')
+    code = "\n".join([*imports, "", *load])
+    if result.adapter is None:
+        return f"## How to load\n\n```python\n{code}\n```"
+    note = f"This is an adapter. Its base model is {_linked(names.base)}." if names.base else "This is an adapter."
+    parts = [f"## How to load\n\n{note}", f"```python\n{code}\n```"]
+    if result.needs_import:
+        parts.append(
+            "Its method is not part of PEFT: without `import hf_delta`, loading it ends in "
+            f"`KeyError: '{result.kind}'`.{_as_lora(names)}"
+        )
+    return "\n\n".join(parts)
+
+
+def _as_lora(names: Names) -> str:
+    """How to have the adapter where only plain LoRA is known."""
+    if names.lora_error is not None:
+        exact = (
+            "exact" if names.lora_error == 0 else f"nearly so: it leaves out up to {names.lora_error:.2e} of a change"
+        )
+        return (
+            f" The folder `lora/` holds it as a plain LoRA ({exact}), which PEFT and vLLM load without hf_delta:\n\n```python\n"
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f'base = AutoModelForCausalLM.from_pretrained("{names.base}")\n'
+            f'model = PeftModel.from_pretrained(base, "{names.result}", subfolder="lora")\n```'
+        )
+    local = is_local(names.result)
+    first = "" if local else f"hf download {names.result} --local-dir adapter\n"
+    return (
+        " For tools that know plain LoRA only, such as vLLM:\n\n```\n"
+        f"{first}hf-delta export --adapter {names.result if local else 'adapter'} --format lora --out lora\n```"
+    )
+
+
+def _no_report(result: Result) -> str:
+    missing = "without `evaluate_pass_at`" if result.values else "none is recorded"
+    return f"## Evaluation\n\nNo evaluation before and after training: {missing}."
+
+
+def _training(result: Result, names: Names) -> str:
+    papers = [tuple(paper) for paper in result.manifest.get("papers", [])] + papers_of_adapter(result.adapter)
+    if (trained := _exported_from(result)) is not None:
+        papers += papers_of_adapter({"peft_type": f"HFD_{trained.upper()}"})
+    linked = [f"[{title}](https://huggingface.co/papers/{number})" for title, number in dict.fromkeys(papers)]
+    rows = [
+        ("Method", _methods(result)),
+        ("Papers" if len(linked) > 1 else "Paper", "; ".join(linked)),
+        ("Base model", _base(result, names)),
+        ("Data", _data(names.values)),
+        ("Optimizer steps", "" if result.steps is None else str(result.steps)),
+        ("Versions", _versions(result)),
+    ]
+    table = "| | |\n|---|---|\n" + "\n".join(f"| {name} | {said} |" for name, said in rows if said)
+    keys = {
+        key: value for key, value in names.values.items() if key not in _NOT_THE_METHOD and not key.startswith("hub_")
+    }
+    if not keys:
+        return table
+    return (
+        f"{table}\n\nThe recipe:\n\n```yaml\n{yaml.safe_dump(keys, sort_keys=False, allow_unicode=True).strip()}\n```"
+    )
+
+
+def _methods(result: Result) -> str:
+    method = result.manifest.get("method", {})
+    parts = [TRAINED_BY.get(method.get("trainer"), "")]
+    for key in ("loss_type", "prompt_weighting", "rollout_allocation", "advantage_transforms"):
+        if method.get(key) is not None:
+            parts.append(f"`{key}: {method[key]}`")
+    if result.adapter is not None:
+        parts.append(f"{_method(result)} adapter of rank {result.adapter.get('r')}")
+    return ", ".join(part for part in parts if part)
+
+
+def _base(result: Result, names: Names) -> str:
+    if names.base is None:
+        return ""
+    revision = result.values.get("model_revision") or (None if result.base_is_local else "main")
+    commit = result.manifest.get("base_commit")
+    said = [f"revision `{revision}`" if revision else "", f"commit `{commit}`" if commit else ""]
+    return ", ".join([_linked(names.base), *(text for text in said if text)])
+
+
+def _data(values: dict[str, Any]) -> str:
+    if name := values.get("dataset_name"):
+        details = [values.get("dataset_config"), values.get("dataset_split", "train")]
+        where = f"`{name}`" if is_local(name) else f"[{name}](https://huggingface.co/datasets/{name})"
+        return ", ".join([where, *(f"`{detail}`" for detail in details if detail)])
+    files = values.get("train_file") or []
+    said = ", ".join(f"`{Path(file).name}`" for file in ([files] if isinstance(files, str) else files))
+    if said and values.get("playground"):
+        task, seed = values.get("playground_task", "addition"), values.get("playground_seed", 0)
+        return f"{said} of hf_delta's playground (task `{task}`, seed {seed})"
+    return said
+
+
+def _versions(result: Result) -> str:
+    known = {"hf_delta": _version(result), **result.manifest.get("versions", {})}
+    if result.adapter is not None and "peft_version" in result.adapter:
+        known.setdefault("peft", result.adapter["peft_version"])
+    return ", ".join(f"{name} {number}" for name, number in known.items() if number)
+
+
+def _version(result: Result) -> str:
+    return result.manifest.get("hf_delta", __version__)
 
 
 def absolute(model: str) -> str:

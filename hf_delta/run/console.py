@@ -29,8 +29,15 @@ def announce(text: str) -> None:
     console(stderr=True).print(f"[bold]>[/bold] {escape(text)}")
 
 
+def no_permission(error: PermissionError) -> InputError:
+    """What to say of a file or directory that one may not use, wherever that was noticed."""
+    return InputError(f"{error.filename}: you may not read or write this. Change its permissions, or choose another.")
+
+
 def fail(error: InputError) -> int:
-    """Report bad input, once where every process met it, and return the exit status for it."""
+    """Report bad input on one line, once where every process met it, and return the exit status for it."""
     if is_main_process() or isinstance(error, OneProcessError):
-        sys.stderr.write(f"error: {error}\n")
+        # Reasons that other packages give have several lines.
+        lines = [line.strip() for line in str(error).splitlines()]
+        sys.stderr.write(f"error: {' '.join(filter(None, lines))}\n")
     return 2

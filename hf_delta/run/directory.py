@@ -4,26 +4,26 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
 
 from hf_delta import __version__
 from hf_delta.checkpoint import is_complete, newest_complete_checkpoint
 from hf_delta.data import CACHE
 from hf_delta.errors import InputError
-from hf_delta.preference.snapshots import SNAPSHOTS
+from hf_delta.paths import check_writable
 from hf_delta.recipe import Recipe
-from hf_delta.run.evaluation import BEFORE
+from hf_delta.run.paths import local_paths
+from hf_delta.run.undo import BEFORE_TRAINING, MANIFEST
 
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "run.json"
 FORMAT_VERSION = 1
-
-# What a run leaves that ended before its first checkpoint, for example at a wrong reward: nothing that would be missed.
-_BEFORE_TRAINING = {MANIFEST, BEFORE, SNAPSHOTS}
 
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
@@ -36,7 +36,7 @@ def check_output_dir(recipe: Recipe) -> str | None:
         method or is not complete.
     """
     run, out = recipe.run, recipe.output_dir
-    _check_writable(out)
+    check_writable(out, "output_dir", directory=True)
     if run.resume_from_checkpoint and run.overwrite_output_dir:
         raise InputError("resume_from_checkpoint and overwrite_output_dir exclude each other.")
     if isinstance(run.resume_from_checkpoint, str):
@@ -45,7 +45,7 @@ def check_output_dir(recipe: Recipe) -> str | None:
         return _newest_checkpoint(recipe)
     if not _leftovers(out):
         return None
-    if {path.name for path in _leftovers(out)} <= _BEFORE_TRAINING:
+    if {path.name for path in _leftovers(out)} <= BEFORE_TRAINING:
         logger.info("%s holds a run that ended before its first checkpoint: it starts from the beginning.", out)
         return None
     if not (out / MANIFEST).is_file():
@@ -61,12 +61,6 @@ def check_output_dir(recipe: Recipe) -> str | None:
     return None
 
 
-def _check_writable(out: Path) -> None:
-    parent = next(path for path in (out, *out.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"output_dir: {out} cannot be written: {parent} is no directory that you may write to.")
-
-
 def _leftovers(out: Path) -> list[Path]:
     return sorted(path for path in out.iterdir() if path.name != CACHE) if out.is_dir() else []
 
@@ -77,7 +71,14 @@ def _some(paths: list[Path]) -> str:
 
 def _checked_checkpoint(recipe: Recipe, checkpoint: Path) -> str:
     if not checkpoint.is_dir():
-        raise InputError(f"resume_from_checkpoint: {checkpoint} does not exist.")
+        said = "is no directory" if checkpoint.exists() else "does not exist"
+        raise InputError(
+            f"resume_from_checkpoint: {checkpoint} {said}; name a checkpoint-<step> of a run, or write true."
+        )
+    if (checkpoint / MANIFEST).is_file():
+        raise InputError(
+            f"resume_from_checkpoint: {checkpoint} is a run; name a checkpoint-<step> in it, or write true."
+        )
     if not is_complete(checkpoint, recipe.training.world_size):
         raise InputError(f"resume_from_checkpoint: {checkpoint} was not written to its end; take an earlier one.")
     _check_same_method(recipe, checkpoint.parent)
@@ -148,14 +149,17 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         known = manifest["format_version"] == FORMAT_VERSION and isinstance(manifest["method"], dict)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} cannot be read ({error!r}): it is damaged.") from error
+        raise InputError(f"{path} cannot be read ({error!r}): it is damaged. Start in another output_dir.") from error
     if not known:
-        raise InputError(f"{path} was written by another version of hf_delta, {manifest.get('hf_delta')}.")
+        raise InputError(
+            f"{path} was written by another version of hf_delta, {manifest.get('hf_delta')}. Go on with that, or start in another "
+            "output_dir."
+        )
     return manifest
 
 
-def write_manifest(recipe: Recipe, resumed_from: str | None) -> None:
-    """Write `run.json`: the recipe with flags applied, the method, versions and the number of processes."""
+def write_manifest(recipe: Recipe, resumed_from: str | None, papers: Sequence[tuple[str, str]] = ()) -> None:
+    """Write `run.json`: the recipe with flags applied, the method and its papers, versions and the number of processes."""
     secret = {"hub_token"}
     manifest = {
         "format_version": FORMAT_VERSION,
@@ -163,12 +167,50 @@ def write_manifest(recipe: Recipe, resumed_from: str | None) -> None:
         "recipe": recipe.source,
         "values": {key: "***" if key in secret else value for key, value in recipe.values.items()},
         "method": _method(recipe),
+        "papers": list(papers),
+        "base_commit": _commit(recipe),
+        # For uploads: what is a path where the run was may look like an id of the Hub elsewhere.
+        "output_dir": str(recipe.output_dir.resolve()),
+        "local_paths": local_paths(recipe.values),
         "world_size": recipe.training.world_size,
         "resumed_from": resumed_from,
         "versions": {name: _version(name) for name in _PACKAGES},
     }
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
-    path = recipe.output_dir / MANIFEST
+    _write(recipe.output_dir / MANIFEST, manifest)
+
+
+def finish_manifest(out: Path) -> None:
+    """Note in `run.json` that the run came to its end and its result is saved."""
+    _write(out / MANIFEST, {**read_manifest(out), "finished": True})
+
+
+def is_finished(recipe: Recipe) -> bool:
+    """Whether the output directory holds this very run, trained to its end and saved; where it is uploaded may differ."""
+    manifest = None if recipe.run.overwrite_output_dir else read_manifest(recipe.output_dir)
+    if manifest is None or not manifest.get("finished") or not any(recipe.output_dir.glob("*model*.safetensors")):
+        return False
+    return _of_training(manifest["values"]) == _of_training(json.loads(json.dumps(recipe.values, default=str)))
+
+
+def _of_training(values: dict[str, Any]) -> dict[str, Any]:
+    others = ("push_to_hub", "push_lora", "base_model_id", "resume_from_checkpoint", "overwrite_output_dir")
+    return {key: value for key, value in values.items() if key not in others and not key.startswith("hub_")}
+
+
+def _commit(recipe: Recipe) -> str | None:
+    """The commit of the base model in the cache of the Hub, where it comes from there."""
+    model = recipe.model
+    if Path(model.model_name_or_path).is_dir():
+        return None
+    try:
+        found = try_to_load_from_cache(model.model_name_or_path, "config.json", revision=model.model_revision)
+    except ValueError:
+        return None
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
+def _write(path: Path, manifest: dict[str, Any]) -> None:
     partial = path.with_name(f"{MANIFEST}.partial")
     partial.write_text(json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -19,15 +19,23 @@ BEFORE, AFTER, REPORT = "eval_before.json", "eval_after.json", "report.md"
 COLUMNS = ("prompt", "answer")
 
 
-def evaluation_reward(recipe: Recipe, rewards: list[Callable]) -> Callable | None:
+def evaluation_reward(recipe: Recipe, rewards: list[Callable], sharded: bool | None = None) -> Callable | None:
     """The function that judges answers: `evaluate_reward`, else the first of `reward_funcs`; `None` without evaluation.
+
+    Args:
+        sharded (`bool`, *optional*): Whether the launch shards the model; by default whether this one does.
 
     Raises:
         `InputError`: there is none, or the launch shards the model.
     """
     if recipe.run.evaluate_pass_at is None:
         return None
-    if recipe.training.distributed_state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if sharded is None:
+        sharded = recipe.training.distributed_state.distributed_type in (
+            DistributedType.FSDP,
+            DistributedType.DEEPSPEED,
+        )
+    if sharded:
         raise InputError(
             "evaluate_pass_at needs the whole model in each process, which FSDP and DeepSpeed shard. Leave it out, and "
             "run `hf-delta eval` before and after."

@@ -16,6 +16,7 @@ from hf_delta.adapters.export import (
     recorded_quantization,
 )
 from hf_delta.errors import InputError
+from hf_delta.run.publish import Destination, destination_of_export, publish_run
 
 
 def export(arguments: argparse.Namespace) -> None:
@@ -26,18 +27,26 @@ def export(arguments: argparse.Namespace) -> None:
             there is something in `--out`. Nothing was written.
     """
     check_new(arguments.out)
+    destination = destination_of_export(arguments)
     asked = {"base": arguments.base, "quantization": _quantization(arguments), "progress": True}
     if asked["quantization"] is None and Quantization(**recorded_quantization(Path(arguments.adapter))):
         sys.stderr.write("The base model was quantised for training (run.json): its dequantised weights are used.\n")
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     if arguments.format == "lora":
         _export_lora(arguments, asked, dtype or torch.float32)
+        _publish(arguments, destination)
         return
     for option in ("rank", "max_error", "dora"):
         if getattr(arguments, option) not in (None, False):
             raise InputError(f"--{option.replace('_', '-')} goes with --format lora; merging leaves nothing out.")
     path = export_merged(arguments.adapter, arguments.out, dtype=dtype, **asked)
     Console(highlight=False, soft_wrap=True).print(f"Merged model in {path}")
+    _publish(arguments, destination)
+
+
+def _publish(arguments: argparse.Namespace, destination: Destination | None) -> None:
+    if destination is not None:
+        publish_run(Path(arguments.out), destination, trained_in=Path(arguments.adapter))
 
 
 def _export_lora(arguments: argparse.Namespace, asked: dict, dtype: torch.dtype) -> None:

@@ -175,14 +175,16 @@ def test_rewards_that_cannot_judge(run, score, message):
     "options, message",
     [
         ({"ks": (1, 8)}, "pass@8 cannot be estimated from 4 samples"),
-        ({"ks": (0,)}, "pass@0 cannot"),
+        ({"ks": (0,)}, "k must be at least 1, got 0"),
+        ({"seed": -1}, "seed must lie in"),
+        ({"temperature": float("nan")}, "temperature must be a finite number"),
         ({"ks": ()}, "at least one k"),
         ({"ks": (1, 1)}, "none twice"),
         ({"samples": 0}, "samples must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"temperature": 0}, "temperature 0 with 4 samples"),
-        ({"temperature": -1.0}, "temperature -1.0"),
+        ({"temperature": -1.0}, "temperature must be a finite number from 0 up, got -1.0"),
     ],
 )
 def test_settings_that_cannot_be_used(run, options, message):

@@ -10,6 +10,7 @@ import sys
 import pandas
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch.utils.data import RandomSampler
 from transformers import TrainerCallback
 
@@ -151,8 +152,6 @@ def test_a_state_without_tensors_and_what_a_state_may_hold(tmp_path):
 
 
 def test_files_of_another_format_or_version(tmp_path, monkeypatch):
-    from safetensors.torch import save_file
-
     save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="not a state file of hf_delta"):
         load_state(tmp_path / "model.safetensors")
@@ -229,7 +228,8 @@ def test_a_sampler_of_ones_own_may_be_resumed(world, tmp_path):
 
 def test_a_checkpoint_of_fewer_processes_is_complete_for_more(tmp_path):
     """What counts is how many processes wrote it."""
-    (tmp_path / "trainer_state.json").write_text("{}")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1}')
+    save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
     save_state(tmp_path / STATE_FILE, {"layout": {"num_processes": 2}})
     torch.save(0, tmp_path / "rng_state_0.pth")
     assert not is_complete(tmp_path, world_size=4)
@@ -238,7 +238,8 @@ def test_a_checkpoint_of_fewer_processes_is_complete_for_more(tmp_path):
 
 
 def test_a_checkpoint_of_two_processes_needs_the_random_states_of_both(tmp_path):
-    (tmp_path / "trainer_state.json").write_text("{}")
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 1}')
+    save_file({"weight": torch.ones(1)}, tmp_path / "model.safetensors")
     torch.save(0, tmp_path / "rng_state_0.pth")
     assert not is_complete(tmp_path, world_size=2)
     torch.save(0, tmp_path / "rng_state_1.pth")

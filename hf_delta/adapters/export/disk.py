@@ -31,6 +31,7 @@ from hf_delta.adapters.export.quantised import (
 )
 from hf_delta.adapters.export.weights import Checkpoint, local_model, read_json
 from hf_delta.errors import InputError
+from hf_delta.paths import expanded
 
 
 ADAPTER = "default"
@@ -109,7 +110,7 @@ class SavedAdapter:
             `InputError`: something is missing, broken, pickled, or does not belong together, or `check` refuses the
                 configuration of the adapter.
         """
-        self.folder = Path(adapter).expanduser()
+        self.folder = expanded(adapter)
         self.config, tensors = read_adapter(self.folder)
         check(self.config)
         if not (base or self.config.base_model_name_or_path):
@@ -231,7 +232,7 @@ def _with_adapter(
             result = set_peft_model_state_dict(wrapped, tensors, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except InputError:
         raise
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
         raise InputError(f"{reason.rstrip('.')}. {another}") from error

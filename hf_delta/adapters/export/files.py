@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hf_delta.errors import InputError
+from hf_delta.paths import check_writable, expanded
 
 
 def check_new(out: str | Path) -> Path:
@@ -14,12 +15,11 @@ def check_new(out: str | Path) -> Path:
     Raises:
         `InputError`: there is something in `out`, or it cannot be written.
     """
-    out = Path(out).expanduser().absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    out = expanded(out)
+    check_writable(out, "out", directory=True)
+    out = out.absolute()
+    if out.exists() and any(out.iterdir()):
         raise InputError(f"{out} is not empty: give another directory, or empty it. Nothing was written.")
-    parent = next(path for path in (out, *out.parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{out} cannot be written: {parent} is no directory that you may write to.")
     return out
 
 

@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError, safe_open
 
 from hf_delta.errors import InputError
+from hf_delta.paths import expanded
 
 
 INDEX = "model.safetensors.index.json"
@@ -23,7 +24,7 @@ def local_model(name: str | Path, revision: str | None = None) -> Path:
     Raises:
         `InputError`: there is neither.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"base model: {path} holds no config.json, so it is no model.")

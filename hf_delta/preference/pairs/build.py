@@ -10,8 +10,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from hf_delta.errors import InputError
-from hf_delta.evaluation.loading import default_device, load_model_and_tokenizer, load_tokenizer
+from hf_delta.evaluation.loading import check_device, default_device, load_model_and_tokenizer, load_tokenizer
 from hf_delta.evaluation.scoring import reward_name
+from hf_delta.paths import expanded
 from hf_delta.preference.pairs.assemble import make_pairs
 from hf_delta.preference.pairs.delta import Delta, measure_delta
 from hf_delta.preference.pairs.files import check_out, partial_path, provenance_path, write_pairs
@@ -76,7 +77,8 @@ def build_pairs(
     for name, value in (("--max-new-tokens", max_new_tokens), ("--batch-size", batch_size)):
         if value < 1:
             raise InputError(f"{name} must be at least 1, got {value}.")
-    out = Path(out).expanduser()
+    check_device(device or default_device())
+    out = expanded(out)
     check_out(out)
     rows, repeated = load_prompts(prompts)
     if reward is not None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_delta.errors import InputError
+from hf_delta.paths import check_writable
 
 
 def provenance_path(out: Path) -> Path:
@@ -26,9 +27,7 @@ def check_out(out: Path) -> None:
     """
     if out.suffix != ".jsonl":
         raise InputError(f"--out: {out} must end in .jsonl, by which trainers know JSON lines.")
-    parent = next(path for path in out.absolute().parents if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"--out: {out} cannot be written: {parent} is no directory that you may write to.")
+    check_writable(out, "--out", directory=False)
     if out.exists():
         raise InputError(f"--out: {out} exists: remove it, or choose another name.")
     # Without answers that are to be gone on with, whatever is there is somebody else's.

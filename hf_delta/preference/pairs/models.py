@@ -10,6 +10,7 @@ from huggingface_hub import snapshot_download
 
 from hf_delta.errors import InputError
 from hf_delta.evaluation.loading import base_and_adapter
+from hf_delta.paths import expanded
 
 
 # What decides how a model answers. Reports, checkpoints and states of the trainer may come and go beside it.
@@ -79,7 +80,7 @@ def file_digest(path: Path) -> str:
 
 
 def _find(name: str, option: str) -> tuple[Path, dict[str, Any]]:
-    folder = Path(name).expanduser()
+    folder = expanded(name)
     if folder.is_dir():
         files = sorted(path for path in folder.iterdir() if any(fnmatch(path.name, wanted) for wanted in _FILES))
         if not {"config.json", "adapter_config.json"} & {path.name for path in files}:

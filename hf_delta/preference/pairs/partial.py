@@ -65,7 +65,10 @@ class Partial:
         self.batch_sizes.add(batch_size)
 
     def close(self) -> None:
+        """Without a single answer, no file is left behind."""
         self._file.close()
+        if not any(self.responses.values()):
+            self.path.unlink(missing_ok=True)
 
     def _write(self, content: dict[str, Any]) -> None:
         self._file.write(json.dumps(content, ensure_ascii=False).encode() + b"\n")
