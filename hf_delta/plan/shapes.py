@@ -137,9 +137,10 @@ def plain(model: nn.Module) -> nn.Module:
 
 def quantise(model: nn.Module) -> None:
     """Give trained tensors of an adapter the dtype that TRL gives them on a quantised base."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "lora_magnitude_vector" not in name:
-            parameter.data = parameter.data.to(torch.bfloat16)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and "lora_magnitude_vector" not in f"{path}.{name}":
+                setattr(module, name, nn.Parameter(parameter.detach().to(torch.bfloat16)))
 
 
 def weights_of(model: nn.Module, bits: int | None = None, nested: bool = False) -> Weights:
