@@ -86,8 +86,9 @@ def load_state(path: str | Path) -> Any:
 def _pack(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(value, torch.Tensor):
         name = str(len(tensors))
-        # A clone, because safetensors refuses views that share storage.
-        tensors[name] = value.detach().cpu().clone().contiguous()
+        # A clone, because safetensors refuses views that share storage. Its format is said, because one element of an
+        # expanded tensor would keep its stride of 0, and no bytes could be seen through it.
+        tensors[name] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
         return {_TENSOR: name}
     if isinstance(value, dict):
         if any(not isinstance(key, str) for key in value):
@@ -158,16 +159,21 @@ def written_under(checkpoint: str | Path) -> str | None:
     return "no sharding" if "optimizer.pt" in names else None
 
 
+def zero_partitions(checkpoint: str | Path) -> int:
+    """Processes among which DeepSpeed divided the optimizer of a checkpoint, `0` if it did not write it."""
+    return len(list(Path(checkpoint).glob("global_step*/*zero_pp_rank_*_optim_states.pt")))
+
+
 def is_complete(checkpoint: str | Path, world_size: int = 1) -> bool:
     """Whether a checkpoint was written to its end by every process.
 
     A process killed while it saves leaves a checkpoint without the last file of rank 0, `trainer_state.json`, without the
-    random state of another rank, or with a torch file cut short.
+    random state of another rank, or with a torch file cut short; killed while it deletes, one that lacks a part of the state.
 
     Args:
         checkpoint (`str` or `Path`): Directory of the checkpoint.
         world_size (`int`, *optional*, defaults to `1`): Processes of this run. How many wrote the checkpoint stands in it
-            if [`DeltaGRPOTrainer`] did; otherwise more than one are taken for granted where this run has more than one.
+            if a trainer of ours did; otherwise more than one are taken for granted where this run has more than one.
     """
     checkpoint = Path(checkpoint)
     try:
@@ -177,9 +183,19 @@ def is_complete(checkpoint: str | Path, world_size: int = 1) -> bool:
     ranks = len(list(checkpoint.glob("rng_state_*.pth")))
     if 0 < ranks < _writers(checkpoint, default=min(world_size, 2)):
         return False
+    if not _has_all_of_the_state({path.name for path in checkpoint.glob("*")}):
+        return False
     # The directory at the end of a zip file is what torch.save writes last; safetensors knows its length from its header.
     whole = all(zipfile.is_zipfile(path) for pattern in ("*.pt", "*.pth") for path in checkpoint.glob(pattern))
     return whole and _has_weights(checkpoint) and all(map(_is_whole, checkpoint.glob("*.safetensors")))
+
+
+def _has_all_of_the_state(names: set[str]) -> bool:
+    """Whether optimizer, scheduler and random state are there, or none of them, as with `save_only_model`."""
+    if "optimizer.pt" in names:
+        return "scheduler.pt" in names and any(name.startswith("rng_state") for name in names)
+    elsewhere = any(name.startswith(("optimizer", "pytorch_model_fsdp", "global_step")) for name in names)
+    return elsewhere or "scheduler.pt" not in names
 
 
 def _has_weights(checkpoint: Path) -> bool:

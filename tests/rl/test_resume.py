@@ -132,6 +132,7 @@ def test_state_round_trip(tmp_path):
         "a": torch.arange(4).view(2, 2),
         "nested": [{"x": torch.tensor(2.5, dtype=torch.float64), "none": None}, 3, "text", True],
         "slices": list(torch.arange(6).split(3)),
+        "strided": [torch.tensor(7).expand(1), torch.tensor([8]).expand(3), torch.arange(6).view(3, 2)[:, 1]],
         "odd keys": {"1+2:": torch.ones(1), "__tensor__ ": 0.1},
     }
     save_state(tmp_path / "s.safetensors", state)
@@ -139,6 +140,7 @@ def test_state_round_trip(tmp_path):
     assert torch.equal(loaded["a"], state["a"]) and loaded["nested"][0]["x"].dtype == torch.float64
     assert loaded["nested"][1:] == [3, "text", True] and loaded["nested"][0]["none"] is None
     assert [s.tolist() for s in loaded["slices"]] == [[0, 1, 2], [3, 4, 5]]
+    assert [s.tolist() for s in loaded["strided"]] == [[7], [8, 8, 8], [1, 3, 5]]
     assert loaded["odd keys"]["__tensor__ "] == 0.1 and list(tmp_path.iterdir()) == [tmp_path / "s.safetensors"]
 
 
