@@ -22,15 +22,10 @@ from hf_delta.rl.curriculum import Plan
 from hf_delta.rl.merged import merged_rollouts
 from hf_delta.rl.resume import ResumableGRPO
 from hf_delta.rl.rewards import checked_reward, correct_rollouts
-from hf_delta.rl.weights import AdvantageTransform, RolloutBatch, combine_weights
+from hf_delta.rl.weights import AdvantageTransform, DeltaLWeights, RolloutBatch, combine_weights
 
 
 logger = logging.getLogger(__name__)
-
-DELTA_L_PAPER = {
-    "title": "Delta L Normalization: Rethink Loss Aggregation in RLVR",
-    "id": "2509.07558",
-}
 
 
 class DeltaGRPOTrainer(ResumableGRPO):
@@ -93,7 +88,7 @@ class DeltaGRPOTrainer(ResumableGRPO):
         if self.loss_type == "delta_l":
             # Dr.GRPO's constant denominator carries the weights: w_i * loss_i is the loss at w_i * A_i, exactly.
             self.loss_type = "dr_grpo"
-            self._paper = DELTA_L_PAPER
+            self._paper = dict(zip(("title", "id"), DeltaLWeights.paper))
         self.single_rows = self.curriculum is not None and self.curriculum.allocation is not None
         self.watch_losses = "losses" in self._needs
         self._set_up_merging()

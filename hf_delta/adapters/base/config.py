@@ -1,7 +1,8 @@
 """The fields that all adapters of hf_delta have."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 
@@ -35,6 +36,7 @@ class DeltaAdapterConfig(PeftConfig):
     """
 
     method: ClassVar[str]
+    paper: ClassVar[tuple[str, str] | None]  # title and number on arXiv, for the model card
 
     r: int = field(default=16, metadata={"help": "Size of the adapter."})
     target_modules: list[str] | str | None = field(default=None, metadata={"help": "Linear layers to adapt."})
@@ -61,6 +63,11 @@ class DeltaAdapterConfig(PeftConfig):
                 )
         if self.layers_pattern and self.layers_to_transform is None:
             raise InputError("layers_pattern says where layers_to_transform counts: write layers_to_transform too.")
+
+    @classmethod
+    def paper_of(cls, values: Mapping[str, Any]) -> tuple[str, str] | None:
+        """The paper of an adapter with these fields, where variants of a method have papers of their own."""
+        return cls.paper
 
     def check_fraction(self, name: str) -> None:
         """

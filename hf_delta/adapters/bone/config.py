@@ -44,6 +44,7 @@ class BoneConfig(DeltaAdapterConfig):
     """
 
     method: ClassVar[str] = "bone"
+    paper = ("MiSS: Revisiting the Trade-off in LoRA with an Efficient Shard-Sharing Structure", "2409.15371")
 
     r: int = field(default=64, metadata={"help": "Size of a block."})
     mode: str = field(default="bone", metadata={"help": f"Which change of the weight: {', '.join(MODES)}."})

@@ -1,13 +1,16 @@
 """Fields of EDoRA."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from hf_delta.adapters.base import DeltaAdapterConfig
 from hf_delta.errors import InputError
 
 
 SVDS = ("full", "lowrank")
+
+_LORA_XS = ("LoRA-XS: Low-Rank Adaptation with Extremely Small Number of Parameters", "2405.17604")
 
 
 @dataclass
@@ -41,6 +44,7 @@ class EdoraConfig(DeltaAdapterConfig):
     """
 
     method: ClassVar[str] = "edora"
+    paper = ("EDoRA: Efficient Weight-Decomposed Low-Rank Adaptation via Singular Value Decomposition", "2501.12067")
 
     alpha: float = field(default=16, metadata={"help": "The change is scaled by alpha / r."})
     sigma: float = field(default=0.0, metadata={"help": "Standard deviation of the core at the start."})
@@ -49,6 +53,10 @@ class EdoraConfig(DeltaAdapterConfig):
     seed: int = field(default=0, metadata={"help": "Seed of the lowrank SVD."})
     magnitude: bool = field(default=True, metadata={"help": "Train a magnitude of each row; False is LoRA-XS."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the low-rank path."})
+
+    @classmethod
+    def paper_of(cls, values: Mapping[str, Any]) -> tuple[str, str] | None:
+        return _LORA_XS if values.get("magnitude") is False else cls.paper
 
     def __post_init__(self) -> None:
         super().__post_init__()

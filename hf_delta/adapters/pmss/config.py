@@ -43,6 +43,7 @@ class PmssConfig(DeltaAdapterConfig):
     """
 
     method: ClassVar[str] = "pmss"
+    paper = ("PMSS: Pretrained Matrices Skeleton Selection for LLM Fine-tuning", "2409.16722")
 
     r: int = field(default=256, metadata={"help": "Number of selected rows and columns."})
     alpha: float = field(default=1.0, metadata={"help": "The scaling of C U R; not divided by r."})

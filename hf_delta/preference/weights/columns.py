@@ -11,6 +11,7 @@ class ColumnWeights(TokenWeights):
     """
 
     needs = frozenset({"columns"})
+    paper = None  # whose weights these are, the data knows
 
     def __init__(self, kl: bool = False):
         if kl:

@@ -29,8 +29,8 @@ class Exp3Controller:
         price <- price + price_rate (mean over prompts of the n asked for - m) / m.
 
     What was asked for is moved to the exact budget by [`nearest_budget`]. In the released code of "Group Distributionally
-    Robust Optimization-Driven RL for LLM Reasoning" (arXiv 2601.19280) the price moves on the rollouts after that, where the
-    difference is always 0; the groups are those of the prompts of the batch before, by place; the scores are not divided by
+    Robust Optimization-Driven Reinforcement Learning for LLM Reasoning" (arXiv 2601.19280) the price moves on the rollouts
+    after that, where the difference is always 0; the groups are those of the prompts of the batch before, by place; the scores are not divided by
     probabilities; and the signal is the mean surrogate loss, which is 0 for every complete group on the policy that sampled
     it. The loss here is the paper's, `-utility + price n`, for the utility `-v_b / n` of its theorem 4.2, in units in which
     the price does not depend on `num_generations`. A number of rollouts that is not tried could be judged as well from `v_b`,

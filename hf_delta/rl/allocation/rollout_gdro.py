@@ -10,6 +10,7 @@ from hf_delta.errors import InputError
 from hf_delta.rl.allocation.base import PromptBatch
 from hf_delta.rl.allocation.exp3 import Exp3Controller
 from hf_delta.rl.allocation.variance import VarianceController
+from hf_delta.rl.weights.prompt_gdro import PAPER
 
 
 # One line per controller: the key is what a recipe writes under `controller:`.
@@ -22,7 +23,7 @@ CONTROLLERS: dict[str, type] = {
 class RolloutGDRO:
     """Rollouts `(P,)` for the prompts of a batch, `n_min <= n_i <= n_max` and `sum_i n_i` exactly the budget of the batch.
 
-    "Group Distributionally Robust Optimization-Driven RL for LLM Reasoning" (arXiv 2601.19280).
+    "Group Distributionally Robust Optimization-Driven Reinforcement Learning for LLM Reasoning" (arXiv 2601.19280).
 
     Args:
         controller (`str`, *optional*, defaults to `"variance"`):
@@ -38,6 +39,8 @@ class RolloutGDRO:
     Raises:
         `InputError`: a setting is unknown, belongs to another controller, or is out of range.
     """
+
+    paper = PAPER
 
     def __init__(self, controller: str = "variance", n_min: int = 2, n_max: int | None = None, **settings: Any):
         if controller not in CONTROLLERS:

@@ -17,9 +17,9 @@ class VarianceController:
     """Minimises `sum_i v_i / n_i` at the budget of the batch, `v_i = E[p_i (1 - p_i)]` under the posterior of pass rate `p_i`.
 
     `v_i / n_i` is the variance of the mean reward of the prompt's rollouts, and stands for that of its gradient. Between the
-    bounds the optimum is the square-root law `n_i ~ sqrt(v_i)` of "Group Distributionally Robust Optimization-Driven RL for
-    LLM Reasoning" (arXiv 2601.19280, theorem 4.2), here prompt by prompt and in whole numbers, see [`greedy_budget`]. Prompts
-    with the same posterior get the same, up to a remainder of 1 that goes by id; of two prompts that always failed, the one
+    bounds the optimum is the square-root law `n_i ~ sqrt(v_i)` of "Group Distributionally Robust Optimization-Driven
+    Reinforcement Learning for LLM Reasoning" (arXiv 2601.19280, theorem 4.2), here prompt by prompt and in whole numbers, see
+    [`greedy_budget`]. Prompts with the same posterior get the same, up to a remainder of 1 that goes by id; of two prompts that always failed, the one
     tried less often gets more, because less is known about it.
 
     The law alone gives prompts that were never solved next to nothing, and so the fewest chances to be solved. `exploration`

@@ -44,6 +44,8 @@ class DeltaLWeights:
             `"batch"`: weights have mean 1 over the generation batch of all processes; `"group"`: over each prompt's group.
     """
 
+    paper = ("ΔL Normalization: Rethink Loss Aggregation in RLVR", "2509.07558")
+
     def __init__(self, alpha: float = 1.0, scope: str = "batch"):
         self.alpha = alpha
         self.scope = scope

@@ -132,11 +132,14 @@ def unnormalised_weights(scores: torch.Tensor, eta: float, score_clip: float | N
     return (eta * _clipped(scores, score_clip)).exp()
 
 
+PAPER = ("Group Distributionally Robust Optimization-Driven Reinforcement Learning for LLM Reasoning", "2601.19280")
+
+
 class PromptGDROWeights:
     """The weight rule `prompt_gdro`: prompts of difficulty groups that fare worse weigh more.
 
-    Prompt-GDRO of "Group Distributionally Robust Optimization-Driven RL for LLM Reasoning" (arXiv 2601.19280). Per
-    generation batch, over the `B` groups that are in it: scores from *earlier* batches ([`current_scores`]), the
+    Prompt-GDRO of "Group Distributionally Robust Optimization-Driven Reinforcement Learning for LLM Reasoning" (arXiv
+    2601.19280). Per generation batch, over the `B` groups that are in it: scores from *earlier* batches ([`current_scores`]), the
     adversary's `q` ([`multiplicative_weights`]), weights `w_b` in one of three forms, and `min(w_b, max_weight)` for each
     sequence of the group. Only then does the rule learn from the batch, so that a batch's luck is not in its own weights.
     Sequences in no group (-1) get weight 1 and are outside the shares.
@@ -171,6 +174,8 @@ class PromptGDROWeights:
     Raises:
         `InputError`: an argument is out of its range, or a batch has no groups.
     """
+
+    paper = PAPER
 
     def __init__(
         self,
