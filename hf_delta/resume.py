@@ -1,4 +1,4 @@
-"""What every trainer of ours does on resume: take the newest whole checkpoint, and refuse that of another method."""
+"""What every trainer of ours does on resume: take the newest whole checkpoint, and refuse that of another method or launch."""
 
 import logging
 from collections.abc import Iterator
@@ -6,9 +6,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
-from hf_delta.checkpoint import check_state, newest_complete_checkpoint, written_under
+from hf_delta.checkpoint import (
+    STATE_FILE,
+    check_state,
+    load_state,
+    newest_complete_checkpoint,
+    written_under,
+    zero_partitions,
+)
 from hf_delta.errors import InputError
 
 
@@ -27,6 +34,7 @@ class Resumable(Trainer):
             resume_from_checkpoint = str(newest)
         if resume_from_checkpoint:
             self._check_sharding(resume_from_checkpoint)
+            check_batches(resume_from_checkpoint, self.args)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _check_sharding(self, checkpoint: str) -> None:
@@ -41,6 +49,73 @@ class Resumable(Trainer):
                 f"{checkpoint} was written under {there}, and this run has {here}. Resume with the configuration of accelerate "
                 "that wrote it."
             )
+        partitions = zero_partitions(checkpoint)
+        if partitions not in (0, self.accelerator.num_processes):
+            raise InputError(
+                f"{checkpoint} holds the states of {partitions} processes of DeepSpeed, and this run has "
+                f"{self.accelerator.num_processes}, among which it cannot divide them. Launch {partitions} processes."
+            )
+
+
+def batches(args: TrainingArguments) -> dict[str, int]:
+    """How rows come to a step: processes, rows of each in a forward pass, passes in a step, and with GRPO rows of a generation."""
+    found = {
+        "num_processes": args.world_size,
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "rows_per_step": args.world_size * args.train_batch_size * args.gradient_accumulation_steps,
+    }
+    generation = getattr(args, "generation_batch_size", None)
+    return found if generation is None else {**found, "generation_batch_size": generation}
+
+
+def check_batches(checkpoint: str | Path, args: TrainingArguments) -> None:
+    """See that a run with another number of processes goes on with the rows at which the checkpoint stopped.
+
+    transformers finds the place by counting steps. Checkpoints of TRL do not say how they were launched.
+
+    Raises:
+        `InputError`: a step, or a generation, takes another number of rows there than here.
+    """
+    path = Path(checkpoint) / STATE_FILE
+    if not path.exists():
+        return
+    with reading(path):
+        there, here = load_state(path)["layout"], batches(args)
+        processes, rows = there["num_processes"], there["rows_per_step"]
+    launches = f"{checkpoint} was written by {_counted(processes, 'process')} with %s, and this run is {_counted(here['num_processes'], 'process')} with %s"
+    if processes == here["num_processes"]:
+        if rows != here["rows_per_step"]:
+            logger.warning(
+                "%s was written with %s rows a step, and this run has %s: where it goes on in the data is counted in steps.",
+                checkpoint,
+                rows,
+                here["rows_per_step"],
+            )
+        return
+    if rows != here["rows_per_step"]:
+        passes, rest = divmod(rows, here["rows_per_step"] // here["gradient_accumulation_steps"])
+        advice = "per_device_train_batch_size and gradient_accumulation_steps that give as many rows"
+        if not rest and passes:
+            advice = f"gradient_accumulation_steps: {passes}"
+        raise InputError(
+            f"{launches % (f'{rows} rows a step', here['rows_per_step'])}: it would go on at other rows. Write {advice}."
+        )
+    generation = there.get("generation_batch_size")
+    if generation != here.get("generation_batch_size"):
+        raise InputError(
+            f"{launches % (f'{generation} completions a generation', here.get('generation_batch_size'))}: it would go on at other "
+            f"prompts. Write generation_batch_size: {generation}, without steps_per_generation."
+        )
+    logger.warning(
+        "%s: the run goes on at the same rows and with the same state, and not bit for bit: each process draws its own random "
+        "numbers.",
+        launches % (f"{rows} rows a step", "as many"),
+    )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"1 {noun}" if number == 1 else f"{number} {noun}es"
 
 
 def check_method(path: Path, state: dict[str, Any], method: dict[str, Any], settings: dict[str, Any]) -> None:

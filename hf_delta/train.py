@@ -22,6 +22,7 @@ from hf_delta._compat.transformers import load_checkpoint
 from hf_delta.adapters.dora import fast_dora
 from hf_delta.checkpoint import steps_of
 from hf_delta.data import CACHE, load_eval_rows, load_train_rows
+from hf_delta.disk import finds_no_room
 from hf_delta.errors import InputError
 from hf_delta.evaluation import Report
 from hf_delta.playground import build_playground
@@ -32,7 +33,7 @@ from hf_delta.recipe.peft import check_virtual_tokens, wants_fast_dora
 from hf_delta.recipe.rewards import resolve_reward
 from hf_delta.rules import as_dict
 from hf_delta.run.card import absolute, write_card
-from hf_delta.run.console import announce, console, fail, is_main_process, no_permission
+from hf_delta.run.console import announce, console, fail, is_main_process, no_permission, no_room
 from hf_delta.run.directory import check_output_dir, clear, finish_manifest, is_finished, write_manifest
 from hf_delta.run.evaluation import BEFORE, evaluate_policy, evaluation_reward, write_report
 from hf_delta.run.extras import check_packages
@@ -88,6 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(error)
     except PermissionError as error:
         return fail(no_permission(error))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = finds_no_room(error)
+        if reason is None:
+            raise
+        return fail(no_room(error, reason), status=1)
     except KeyboardInterrupt:
         announce("Interrupted. The same command with --resume goes on from the last checkpoint.")
         return 130

@@ -22,6 +22,7 @@ GDRO = {
     "steps_per_generation": 2,
     "num_iterations": 2,
     "reward_funcs": ["tests.running.length"],
+    "correct_threshold": 4,
     "max_train_rows": 16,
     "per_device_train_batch_size": 8,
 }

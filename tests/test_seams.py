@@ -16,10 +16,11 @@ from trl.generation import vllm_generation
 from trl.trainer import dpo_trainer, grpo_trainer
 
 from hf_delta._compat import peft as peft_compat
+from hf_delta._compat import running, safe_saves, trl_dpo, trl_state, trl_vllm, whole_saves
 from hf_delta._compat import transformers as transformers_compat
 from hf_delta._compat import trl as compat
-from hf_delta._compat import trl_dpo, trl_vllm, whole_saves
 from hf_delta._compat.imports import when_imported
+from hf_delta._compat.safe_saves import SafeSaves
 from hf_delta._compat.trl_state import ExtraState
 
 
@@ -78,12 +79,31 @@ def test_every_private_override_of_dpo_is_recorded():
     assert overridden - {"__init__"} == trl_dpo.SEAMS.keys()
 
 
-@pytest.mark.parametrize("owner", [trl.GRPOTrainer, trl.DPOTrainer])
-def test_signatures_of_checkpoints_are_the_recorded_ones(owner):
-    overridden = {n for n in vars(ExtraState) if n.startswith("_") and not n.startswith("__")}
-    for name in overridden:
-        assert tuple(inspect.signature(getattr(owner, name)).parameters) == compat.SEAMS[name]
-    assert {"_save_checkpoint", "_load_optimizer_and_scheduler"} <= overridden
+@pytest.mark.parametrize("owner", [trl.GRPOTrainer, trl.DPOTrainer, trl.SFTTrainer])
+@pytest.mark.parametrize(("mixin", "seams"), [(ExtraState, trl_state.SEAMS), (SafeSaves, safe_saves.SEAMS)])
+def test_signatures_of_checkpoints_are_the_recorded_ones(owner, mixin, seams):
+    overridden = {n for n in vars(mixin) if n.startswith("_") and not n.startswith("__")}
+    assert overridden and overridden <= seams.keys()
+    for name in seams:
+        assert tuple(inspect.signature(getattr(owner, name)).parameters) == seams[name]
+
+
+def test_a_checkpoint_is_complete_with_the_last_file_that_the_first_process_writes():
+    """After the random states, in which all wait for each other; what is deleted is deleted after it."""
+    source = inspect.getsource(Trainer._save_checkpoint)
+    places = [
+        source.index(t) for t in ("_save_rng_state(", "save_to_json(", "_push_from_checkpoint(", "rotate_checkpoints(")
+    ]
+    assert places == sorted(places)
+
+
+def test_what_is_summed_up_is_set_to_zero_before_training_begins():
+    source = inspect.getsource(Trainer)
+    zero = [source.index(f"self.{name} = ") for name in running.TRAINER_ATTRIBUTES]
+    assert max(zero) < source.index("callback_handler.on_train_begin(")
+    for owner in (trl.SFTTrainer, trl.DPOTrainer):
+        for name in (*running.TRL_ATTRIBUTES, *running.COUNTING_ATTRIBUTES):
+            assert f"self.{name} = " in inspect.getsource(owner.__init__)
 
 
 @pytest.mark.parametrize("name", trl_dpo.ATTRIBUTES)

@@ -73,9 +73,6 @@ SEAMS: dict[str, tuple[str, ...]] = {
         "image_position_ids",
     ),
     "_get_train_sampler": ("self", "dataset"),
-    "_save_checkpoint": ("self", "model", "trial"),
-    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
-    "_get_output_dir": ("self", "trial"),
 }
 
 # Private attributes that are read or written.

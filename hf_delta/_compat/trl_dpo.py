@@ -173,17 +173,6 @@ class DPOHooks(ExtraState, DPOTrainer, ReferenceRepair):
             self._total_train_tokens += tokens // self._tp_size
         self._metrics[self.mode]["num_tokens"] = [self._total_train_tokens]
 
-    def running_metrics(self) -> dict[str, Any]:
-        """What TRL does not checkpoint: tokens of the training so far, and metrics not yet logged."""
-        pending = {name: torch.tensor(values, dtype=torch.float64) for name, values in self._metrics["train"].items()}
-        return {"num_tokens": self._total_train_tokens, "pending": pending}
-
-    def load_running_metrics(self, state: dict[str, Any]) -> None:
-        """Take over what [`DPOHooks.running_metrics`] gave."""
-        self._total_train_tokens = state["num_tokens"]
-        for name, values in state["pending"].items():
-            self._metrics["train"][name] = values.tolist()
-
     # -- seams ------------------------------------------------------------------------------------------------------
     def _compute_loss(self, model, inputs, return_outputs):
         if not self.replaces_loss:

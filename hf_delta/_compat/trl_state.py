@@ -2,10 +2,16 @@
 
 from pathlib import Path
 
+from hf_delta._compat.running import RunningMetrics
+from hf_delta._compat.safe_saves import SafeSaves
 from hf_delta._compat.whole_saves import WholeSaves
 
 
-class ExtraState(WholeSaves):
+# Parameters of each private method that is overridden, as of transformers 5.17 to 5.23.
+SEAMS: dict[str, tuple[str, ...]] = {"_load_optimizer_and_scheduler": ("self", "checkpoint")}
+
+
+class ExtraState(RunningMetrics, SafeSaves, WholeSaves):
     """Mixin for trainers that keep more than model and optimizer.
 
     Stands before TRL's trainer among the bases. Hooks, all optional:
@@ -15,21 +21,11 @@ class ExtraState(WholeSaves):
         `load_extra_state(checkpoint)`: on resume, on every rank, after model and optimizer are loaded.
     """
 
-    def save_extra_state(self, checkpoint: Path) -> None:
-        pass
-
     def load_extra_weights(self, checkpoint: Path) -> None:
         pass
 
     def load_extra_state(self, checkpoint: Path) -> None:
         pass
-
-    def _save_checkpoint(self, model, trial) -> None:
-        # Before TRL saves: pushing to the Hub and rotation happen inside super().
-        checkpoint = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        checkpoint.mkdir(parents=True, exist_ok=True)
-        self.save_extra_state(checkpoint)
-        super()._save_checkpoint(model, trial)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -7,7 +7,7 @@ import torch
 
 
 class WindowState:
-    """Mixin for `GRPOTrainer`: its place in the generation window, the rollouts of it, and what is not logged yet."""
+    """Mixin for `GRPOTrainer`: its place in the generation window, the rollouts of it, and how they are shown."""
 
     @property
     def window_ends(self) -> bool:
@@ -38,15 +38,12 @@ class WindowState:
         ]
 
     def generation_state(self) -> dict[str, Any]:
-        """What TRL does not checkpoint: the position in the generation window, and metrics not yet logged."""
-        pending = {name: torch.tensor(values, dtype=torch.float64) for name, values in self._metrics["train"].items()}
-        return {"step": self._step, "pending_metrics": pending}
+        """What TRL does not checkpoint: the position in the generation window."""
+        return {"step": self._step}
 
     def load_generation_state(self, state: dict[str, Any]) -> None:
         """Counterpart of [`generation_state`]."""
         self._step = state["step"]
-        for name, values in state["pending_metrics"].items():
-            self._metrics["train"][name] = values.tolist()
 
     def completion_log(self) -> dict[str, Any] | None:
         """What `log_completions` shows of the open window, without images; `None` if nothing is shown."""

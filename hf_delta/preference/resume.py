@@ -14,7 +14,7 @@ from hf_delta.errors import InputError
 from hf_delta.ops.gather import is_partitioned
 from hf_delta.preference.examples import TokenExamples
 from hf_delta.preference.feasible import Multipliers
-from hf_delta.resume import Resumable, check_method, reading, state_of
+from hf_delta.resume import Resumable, batches, check_method, reading, state_of
 
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ MASK_FILE = "hfd_token_mask.safetensors"
 
 
 class ResumableDPO(Resumable, TokenExamples):
-    """DPO whose multipliers, rule and mask network are in its checkpoints; with TRL's own loss it adds nothing to them.
+    """DPO whose multipliers, rule, mask network and metrics are in its checkpoints.
 
     Attributes:
         multipliers ([`Multipliers`], *optional*): Of feasible learning.
@@ -32,9 +32,7 @@ class ResumableDPO(Resumable, TokenExamples):
     multipliers: Multipliers | None = None
 
     def save_extra_state(self, checkpoint: Path) -> None:
-        if not self.replaces_loss:
-            return
-        network = self.mask_network
+        network, metrics = self.mask_network, self.running_metrics()
         # Every rank: the parameters may be sharded.
         mask = None if network is None else network.mask_state()
         if not self.args.should_save:
@@ -45,7 +43,8 @@ class ResumableDPO(Resumable, TokenExamples):
             "hf_delta": __version__,
             "method": self._method(),
             "settings": self._settings(),
-            "metrics": self.running_metrics(),
+            "layout": batches(self.args),
+            "metrics": metrics,
             "multipliers": None if self.multipliers is None else self.multipliers.state_dict(),
             "rule": None if self.rule is None else state_of(self.rule, f"rule of token weights {self.args.rule_name}"),
         }
@@ -54,8 +53,7 @@ class ResumableDPO(Resumable, TokenExamples):
     def load_extra_weights(self, checkpoint: Path) -> None:
         path = checkpoint / STATE_FILE
         if path.exists():
-            settings = self._settings() if self.replaces_loss else {}
-            check_method(path, load_state(path), self._method(), settings)
+            check_method(path, load_state(path), self._method(), self._settings())
         elif self.replaces_loss:
             raise InputError(
                 f"{path} is not there: the checkpoint was written by another loss. Resume with the recipe that wrote it, or "
@@ -79,9 +77,9 @@ class ResumableDPO(Resumable, TokenExamples):
 
     def load_extra_state(self, checkpoint: Path) -> None:
         self.resumed_step = steps_of(checkpoint)
-        if not self.replaces_loss:
-            return
         path = checkpoint / STATE_FILE
+        if not path.exists():  # of TRL
+            return
         state = load_state(path)
         with reading(path):
             self.load_running_metrics(state["metrics"])

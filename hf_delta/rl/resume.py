@@ -10,7 +10,7 @@ from hf_delta import __version__
 from hf_delta._compat.trl import GRPOHooks
 from hf_delta.checkpoint import ROLLOUTS_FILE, STATE_FILE, load_state, save_state
 from hf_delta.errors import InputError
-from hf_delta.resume import Resumable, check_method, reading, state_of
+from hf_delta.resume import Resumable, batches, check_method, reading, state_of
 from hf_delta.rl.curriculum import PASS_RATE, Curriculum
 from hf_delta.rl.weights import AdvantageTransform
 from hf_delta.rl.weights.base import transform_name
@@ -40,6 +40,7 @@ class ResumableGRPO(Resumable, GRPOHooks):
                 "log": self.completion_log(),
             }
             save_state(checkpoint / ROLLOUTS_FILE.format(rank=self.accelerator.process_index), window)
+        metrics = self.running_metrics()
         if self.args.should_save:
             state = {
                 "hf_delta": __version__,
@@ -47,6 +48,7 @@ class ResumableGRPO(Resumable, GRPOHooks):
                 "settings": self._settings(),
                 "layout": self._layout(),
                 "generation": self.generation_state(),
+                "metrics": metrics,
                 "curriculum": None
                 if self.curriculum is None
                 else state_of(self.curriculum, "rollout allocation rule"),
@@ -67,6 +69,7 @@ class ResumableGRPO(Resumable, GRPOHooks):
             self._load_state(checkpoint, state)
 
     def _load_state(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        self.load_running_metrics(state["metrics"])
         for transform, saved in zip(self.advantage_transforms, state["transforms"]):
             if saved:
                 transform.load_state_dict(saved)
@@ -105,12 +108,10 @@ class ResumableGRPO(Resumable, GRPOHooks):
         keys += ("prompt_weighting_kwargs", "rollout_allocation_kwargs", "difficulty_kwargs")
         return {key: getattr(self.args, key, None) for key in keys}
 
-    def _layout(self) -> dict[str, int]:
+    def _layout(self) -> dict[str, Any]:
         """What must be equal for a half-used generation window to be taken up again."""
         return {
-            "num_processes": self.accelerator.num_processes,
-            "per_device_train_batch_size": self.args.per_device_train_batch_size,
-            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            **batches(self.args),
             "num_generations": self.num_generations,
             "steps_per_generation": self.args.steps_per_generation,
             "num_iterations": self.num_iterations,

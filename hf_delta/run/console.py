@@ -6,6 +6,7 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
+from hf_delta.disk import NoRoomError
 from hf_delta.errors import InputError
 
 
@@ -34,10 +35,21 @@ def no_permission(error: PermissionError) -> InputError:
     return InputError(f"{error.filename}: you may not read or write this. Change its permissions, or choose another.")
 
 
-def fail(error: InputError) -> int:
-    """Report bad input on one line, once where every process met it, and return the exit status for it."""
+def no_room(error: Exception, reason: str) -> InputError:
+    """What to say of a disk that is full, wherever that was noticed; each process for itself."""
+    if isinstance(error, NoRoomError):
+        return OneProcessError(str(error))
+    where = getattr(error, "filename", None) or "A file could not be written"
+    return OneProcessError(
+        f"{where}: there is no room on the disk ({reason}). Make room; the same command with --resume goes on from the last "
+        "checkpoint."
+    )
+
+
+def fail(error: InputError, status: int = 2) -> int:
+    """Report an error on one line, once where every process met it, and return the exit status for it."""
     if is_main_process() or isinstance(error, OneProcessError):
         # Reasons that other packages give have several lines.
         lines = [line.strip() for line in str(error).splitlines()]
         sys.stderr.write(f"error: {' '.join(filter(None, lines))}\n")
-    return 2
+    return status

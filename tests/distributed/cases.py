@@ -14,6 +14,7 @@ from hf_delta.checkpoint import STATE_FILE, load_state
 from tests.adapters.life import DORA, KINDS
 from tests.distributed import preference
 from tests.distributed.fsdp_on_cpu import FSDP2, fsdp_on_cpu
+from tests.distributed.interrupted import CASES as INTERRUPTED
 from tests.distributed.matrix import CASES as MATRIX
 from tests.distributed.preference_sharded import FAST as PREFERENCE_SHARDED
 from tests.distributed.preference_sharded import untied_world
@@ -200,6 +201,7 @@ CASES = {
     "dpo_evaluated": preference.evaluated,
     "dpo_features_off": preference.features_off,
     "dpo_resume": preference.resumed,
+    **INTERRUPTED,
     **PREFERENCE_SHARDED,
     **{f"fully_shard_{kind}": partial(sharded_adapter, kind=kind) for kind in [*KINDS, *DORA]},
     "left_whole_bone": partial(left_whole, kind="bone"),
