@@ -112,7 +112,7 @@ def test_text_is_checked_as_a_whole(monkeypatch):
     def refuse(source, column):
         raise AssertionError(column)
 
-    monkeypatch.setattr("hf_delta.data._check_each", refuse)
+    monkeypatch.setattr("hf_delta.data.checks._check_each", refuse)
     check_rows(Source("rows", Dataset.from_list(ROWS)), ["prompt", "answer"])
     # Rows that were picked are checked, not those that lie behind them.
     picked = Dataset.from_list([{"prompt": ""}, {"prompt": "a"}, {"prompt": ""}]).select([1, 2])
@@ -187,7 +187,7 @@ def test_hub_datasets_are_asked_for_by_name_config_and_split(tmp_path, monkeypat
         asked.append((name, config, split))
         return Dataset.from_list(ROWS)
 
-    monkeypatch.setattr("hf_delta.data.load_dataset", hub)
+    monkeypatch.setattr("hf_delta.data.files.load_dataset", hub)
     args = DataArguments(dataset_name="some/where", dataset_config="en", dataset_split="train[:4]", eval_split="test")
     assert len(load_train_rows(args, "grpo", tmp_path)) == len(load_eval_rows(args, ["evaluation"], tmp_path)) == 4
     assert asked == [("some/where", "en", "train[:4]"), ("some/where", "en", "test")]

@@ -69,7 +69,7 @@ FLOORS = [
     ["rl/config.py", "rl/curriculum.py"],
     ["rl/resume.py", "rl/configured.py"],
     ["rl/trainer.py", "rl/__init__.py", "preference", "sft.py", "plot"],
-    ["recipe", "recipe.py", "data.py"],
+    ["recipe", "recipe.py", "data"],
     ["train.py", "run", "plan"],
     ["cli.py"],
 ]
