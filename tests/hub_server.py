@@ -1,13 +1,15 @@
 """A stand-in for the Hugging Face Hub: what `huggingface_hub` asks of it, in memory, on two local ports.
 
-Weights and pictures go through LFS to a storage server of another origin, which must never see a token. Xet is not spoken, so
-that clients need `HF_HUB_DISABLE_XET=1`.
+Weights and pictures go through LFS to a storage server of another origin, which must never see a token, whole or in parts. It
+refuses what the Hub refuses: unknown tokens, objects that are not what their name says, commits of objects that never came, and
+commits on top of another one than was thought. Xet is not spoken, so that clients need `HF_HUB_DISABLE_XET=1`.
 """
 
 import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,11 +56,15 @@ class Repo:
 
 @dataclass
 class Failure:
-    """What to answer to the next `times` requests whose method and path match: a status, or a connection that is cut."""
+    """What to answer to the next `times` requests whose method and path match: a status, or a connection that is cut.
+
+    `when` it is cut: `"before"` anything is done, in the `"midst"` of the body, or `"after"` all was done.
+    """
 
     pattern: str
     status: int | None
     times: int
+    when: str = "before"
 
 
 class Refused(Exception):
@@ -74,15 +80,18 @@ class Hub:
     def __init__(self):
         self.repos: dict[str, Repo] = {}
         self.blobs: dict[str, bytes] = {}
+        self.verified: set[str] = set()
+        self.parts: dict[tuple[str, int], bytes] = {}
+        self.part_size: int | None = None  # larger objects are uploaded in parts
         self.requests: list[tuple[str, str, str]] = []  # method and path, token, body as text
         self.bodies: list[bytes] = []
         self.failures: list[Failure] = []
         self.url = self.storage_url = ""
         self.lock = threading.RLock()
 
-    def fail(self, pattern: str, status: int | None = 503, times: int = 1000) -> None:
+    def fail(self, pattern: str, status: int | None = 503, times: int = 1000, when: str = "before") -> None:
         """Let requests such as `POST /api/models/me/it/commit/main` fail; a status of None cuts the connection."""
-        self.failures.append(Failure(pattern, status, times))
+        self.failures.append(Failure(pattern, status, times, when))
 
     def heal(self) -> None:
         self.failures.clear()
@@ -105,6 +114,8 @@ class Hub:
 
     def answer(self, method: str, path: str, query: dict, token: str | None, body: bytes):
         """Status, headers and body."""
+        if token not in (TOKEN, READ_ONLY, None):
+            raise Refused(401, None, "Invalid credentials in Authorization header")
         for pattern, name in ROUTES:
             found = re.fullmatch(pattern, f"{method} {path}")
             if found:
@@ -114,14 +125,14 @@ class Hub:
 
     # -- who may do what --------------------------------------------------------------------------------------------
     def _writer(self, token: str | None, name: str | None = None) -> None:
-        if token not in (TOKEN, READ_ONLY):
-            raise Refused(401, None, "Invalid credentials in Authorization header")
+        if token is None:
+            raise Refused(401, None, "Invalid username or password.")
         if token == READ_ONLY or (name is not None and name.split("/")[0] != OWNER):
             raise Refused(403, None, "You don't have the rights to do this")
 
     def _repo(self, name: str, token: str | None) -> Repo:
         repo = self.repos.get(name)
-        if repo is None or (repo.private and token not in (TOKEN, READ_ONLY)):
+        if repo is None or (repo.private and token is None):
             raise Refused(404 if token else 401, "RepoNotFound", "Repository not found")
         return repo
 
@@ -134,13 +145,15 @@ class Hub:
 
     # -- API --------------------------------------------------------------------------------------------------------
     def whoami(self, token, **_):
-        if token not in (TOKEN, READ_ONLY):
+        if token is None:
             raise Refused(401, None, "Invalid credentials in Authorization header")
         role = "write" if token == TOKEN else "read"
         return {"type": "user", "name": OWNER, "auth": {"accessToken": {"displayName": "a token", "role": role}}}
 
     def create(self, token, body, **_):
         asked = json.loads(body)
+        if asked.get("type", "model") != "model" or "/" in asked["name"]:
+            raise Refused(400, None, "no such type, or no such name")
         name = f"{asked.get('organization') or OWNER}/{asked['name']}"
         self._writer(token, name)
         if name in self.repos:
@@ -192,44 +205,82 @@ class Hub:
     def lfs_batch(self, name, token, body, **_):
         self._writer(token, name)
         self._repo(name, token)
+        asked = json.loads(body)
+        if asked["operation"] != "upload" or asked["hash_algo"] != "sha256" or "basic" not in asked["transfers"]:
+            raise Refused(422, None, "the stand-in knows uploads named by sha256")
         objects = []
-        for one in json.loads(body)["objects"]:
+        for one in asked["objects"]:
             answer = {"oid": one["oid"], "size": one["size"]}
-            if one["oid"] not in self.blobs:
-                href = f"{self.storage_url}/upload/{one['oid']}"
+            if not re.fullmatch("[0-9a-f]{64}", one["oid"]) or one["size"] < 1:
+                answer["error"] = {"code": 422, "message": "no sha256, or no size"}
+            elif self.blobs.get(one["oid"]) is None or one["oid"] not in self.verified:
+                upload = self._upload(one["oid"], one["size"])
                 verify = f"{self.url}/{name}.git/info/lfs/verify"
-                answer["actions"] = {"upload": {"href": href, "header": {}}, "verify": {"href": verify, "header": {}}}
+                answer["actions"] = {"upload": upload, "verify": {"href": verify, "header": {}}}
             objects.append(answer)
         return {"transfer": "basic", "objects": objects}
+
+    def _upload(self, oid: str, size: int) -> dict:
+        """Where an object goes, in one piece or in parts."""
+        if self.part_size is None or size <= self.part_size:
+            return {"href": f"{self.storage_url}/upload/{oid}", "header": {}}
+        count = -(-size // self.part_size)
+        parts = {str(number): f"{self.storage_url}/part/{oid}/{number}" for number in range(1, count + 1)}
+        return {"href": f"{self.storage_url}/complete/{oid}", "header": {"chunk_size": str(self.part_size), **parts}}
 
     def lfs_verify(self, name, token, body, **_):
         self._writer(token, name)
         asked = json.loads(body)
-        if len(self.blobs.get(asked["oid"], b"")) != asked["size"]:
+        if asked["oid"] not in self.blobs:
             raise Refused(404, None, "Object not found")
+        if len(self.blobs[asked["oid"]]) != asked["size"]:
+            raise Refused(422, None, "the object has another size")
+        self.verified.add(asked["oid"])
         return {}
 
     def commit(self, name, revision, token, body, **_):
         self._writer(token, name)
         repo, _, files = self._at(name, revision, token)
-        files, message = dict(files), ""
-        for line in body.splitlines():
-            item = json.loads(line)
-            key, value = item["key"], item["value"]
-            if key == "header":
-                message = value["summary"]
-            elif key == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-                repo.large.discard(value["path"])
-            elif key == "lfsFile":
-                if value["oid"] not in self.blobs:
-                    raise Refused(400, None, "an LFS pointer to a file that was never uploaded")
-                files[value["path"]] = self.blobs[value["oid"]]
-                repo.large.add(value["path"])
-            elif key == "deletedFile":
-                del files[value["path"]]
-        sha = repo.commit(files, revision, message)
+        header, *changes = [json.loads(line) for line in body.splitlines()]
+        if header["key"] != "header" or not header["value"]["summary"] or not changes:
+            raise Refused(400, None, "a commit has a header, and something in it")
+        parent = header["value"].get("parentCommit")
+        if parent is not None and parent != repo.branches.get(revision):
+            raise Refused(412, None, "A commit has happened since. Please refresh and try again.")
+        files, large = dict(files), set(repo.large)
+        for change in changes:
+            value = change["value"]
+            path = value["path"]
+            if path.startswith(("/", ".git/")) or ".." in path.split("/"):
+                raise Refused(400, None, f"{path} is no path of a file")
+            if change["key"] == "file":
+                files[path] = self._regular(path, value)
+                large.discard(path)
+            elif change["key"] == "lfsFile":
+                files[path] = self._large(value)
+                large.add(path)
+            elif change["key"] == "deletedFile" and path in files:
+                del files[path]
+            else:
+                raise Refused(404, "EntryNotFound", "A file with this name doesn't exist")
+        repo.large = large
+        sha = repo.commit(files, revision, header["value"]["summary"])
         return {"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{name}/commit/{sha}", "hookOutput": ""}
+
+    def _regular(self, path: str, value: dict) -> bytes:
+        data = base64.b64decode(value["content"], validate=True)
+        if value["encoding"] != "base64" or is_large(path, data):
+            raise Refused(400, None, f"{path} has to go through LFS")
+        if path == "README.md":
+            self.validate_yaml(json.dumps({"content": data.decode()}).encode())
+        return data
+
+    def _large(self, value: dict) -> bytes:
+        if value["algo"] != "sha256" or value["oid"] not in self.blobs or value["oid"] not in self.verified:
+            raise Refused(400, None, "an LFS pointer to a file that was never uploaded")
+        if len(self.blobs[value["oid"]]) != value["size"]:
+            raise Refused(400, None, "an LFS pointer with another size than its file")
+        return self.blobs[value["oid"]]
 
     def info(self, name, token, revision="main", **_):
         repo, sha, files = self._at(name, revision or "main", token)
@@ -264,6 +315,7 @@ class Hub:
             return 200, {**headers, "ETag": f'"{git_oid(data)}"'}, data
         oid = hashlib.sha256(data).hexdigest()
         self.blobs[oid] = data
+        self.verified.add(oid)
         linked = {"X-Linked-Etag": f'"{oid}"', "X-Linked-Size": str(len(data))}
         return 302, {**headers, **linked, "Location": f"{self.storage_url}/download/{oid}"}, b""
 
@@ -275,6 +327,21 @@ class Hub:
             raise Refused(400, None, "the object is cut short")
         self.blobs[oid] = body
         return {}
+
+    def store_part(self, oid, number, token, body, **_):
+        if token is not None or len(body) > self.part_size:
+            raise Refused(400, None, "the storage must not be sent a token, or more than a part")
+        self.parts[oid, int(number)] = body
+        return 200, {"ETag": f'"{hashlib.md5(body).hexdigest()}"'}, b""
+
+    def complete(self, oid, token, body, **_):
+        asked = json.loads(body)
+        numbers = [part["partNumber"] for part in asked["parts"]]
+        found = [self.parts.get((oid, number), b"") for number in numbers]
+        tags = [f'"{hashlib.md5(part).hexdigest()}"' for part in found]
+        if asked["oid"] != oid or tags != [part["etag"] for part in asked["parts"]]:
+            raise Refused(400, None, "other parts than came")
+        return self.store(oid, token, b"".join(found))
 
     def fetch(self, oid, token, **_):
         if token is not None:
@@ -299,6 +366,8 @@ ROUTES = [
     (rf"POST /{_NAME}\.git/info/lfs/verify", "lfs_verify"),
     (rf"(GET|HEAD) /{_NAME}/resolve/{_REVISION}/(?P<path>.+)", "resolve"),
     (r"PUT /upload/(?P<oid>\w+)", "store"),
+    (r"PUT /part/(?P<oid>\w+)/(?P<number>\d+)", "store_part"),
+    (r"POST /complete/(?P<oid>\w+)", "complete"),
     (r"(GET|HEAD) /download/(?P<oid>\w+)", "fetch"),
 ]
 
@@ -313,7 +382,10 @@ def problems_of(data: dict) -> list[str]:
 
 
 def is_large(path: str, data: bytes, size: int | None = None) -> bool:
-    return path.endswith((".safetensors", ".png", ".bin")) and (len(data) if size is None else size) > 0
+    """Whether a file goes through LFS: by its name, or because it is large or no text."""
+    size = len(data) if size is None else size
+    named = path.endswith((".safetensors", ".png", ".bin", ".pt", ".model", ".parquet"))
+    return size > 0 and (named or size > 10_000_000 or b"\0" in data)
 
 
 def git_oid(data: bytes) -> str:
@@ -325,23 +397,26 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def _handle(self) -> None:
-        body = self._body()
         parts = urlsplit(self.path)
         path = quote(unquote(parts.path), safe="/%@")
         line = f"{self.command} {path}"
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
         with self.hub.lock:
             self.hub.requests.append((line, token or "", self.headers.get("User-Agent", "")))
-            self.hub.bodies.append(body)
             failure = next((f for f in self.hub.failures if f.times and re.search(f.pattern, line)), None)
             if failure is not None:
                 failure.times -= 1
-                if failure.status is None:
-                    self.close_connection = True
-                    self.connection.close()
-                    return
+                if failure.when == "midst":
+                    self.rfile.read(int(self.headers["Content-Length"]) // 2)
+        cut = failure is not None and failure.status is None
+        if cut and failure.when != "after":
+            self._hang_up()
+            return
+        body = self._body()
+        with self.hub.lock:
+            self.hub.bodies.append(body)
             try:
-                if failure is not None:
+                if failure is not None and not cut:
                     raise Refused(failure.status, None, "planned by a test")
                 found = self.hub.answer(self.command, parts.path, parse_qs(parts.query), token, body)
                 status, headers, data = found if isinstance(found, tuple) else (200, {}, json.dumps(found).encode())
@@ -352,7 +427,14 @@ class _Handler(BaseHTTPRequestHandler):
                     headers["X-Error-Code"] = refused.code
                 if "X-Repo-Commit" in refused.body:
                     headers["X-Repo-Commit"] = refused.body["X-Repo-Commit"]
-        self._send(status, headers, data)
+        if cut:
+            self._hang_up()
+        else:
+            self._send(status, headers, data)
+
+    def _hang_up(self) -> None:
+        self.close_connection = True
+        self.connection.shutdown(socket.SHUT_RDWR)
 
     def _body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":

@@ -261,7 +261,7 @@ def test_what_peft_itself_pushes_of_our_adapters(hub, playground, tmp_path, monk
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("chat_template.jinja", "{{ 'hf_" + "A" * 34 + "' }}", "holds a token of the Hub"),
+        ("chat_template.jinja", "{{ 'hf_" + "A" * 34 + "' }}", "holds a token"),
         ("chat_template.jinja", "{# {home}/templates #}", "holds the local path"),
         ("README.md", "See {out}-2/notes and {base}_old", "holds the local path"),
     ],

@@ -39,6 +39,8 @@ class Names:
         values (`dict`): The recipe's keys, as they may be shown.
         lora_error (`float`, *optional*): Largest relative error of the LoRA copy in `lora/`; absent without one.
         picture (`bool`, *optional*, defaults to `False`): Whether `curves.png` lies beside the card.
+        revision (`str`, *optional*): Revision of the base model on the Hub.
+        dataset (`str`, *optional*): Id of the data on the Hub.
     """
 
     result: str
@@ -46,6 +48,8 @@ class Names:
     values: dict[str, Any]
     lora_error: float | None = None
     picture: bool = False
+    revision: str | None = None
+    dataset: str | None = None
 
 
 def write_card(result: Result) -> Path:
@@ -58,7 +62,13 @@ def write_card(result: Result) -> Path:
 def local_card(result: Result, folder: str | None = None) -> ModelCard:
     """The card of a result as it lies on a disk: where it is, or in the directory where it was trained."""
     base = None if result.base is None else absolute(result.base)
-    return card_of(result, Names(folder or str(result.folder.resolve()), base, result.values))
+    name = folder or str(result.folder.resolve())
+    return card_of(result, Names(name, base, result.values, revision=revision_of(result), dataset=result.dataset))
+
+
+def revision_of(result: Result) -> str | None:
+    """Revision of the base model; `None` for one that is a directory here."""
+    return result.values.get("model_revision") or (None if result.base_is_local else "main")
 
 
 def card_of(result: Result, names: Names) -> ModelCard:
@@ -79,12 +89,11 @@ def card_of(result: Result, names: Names) -> ModelCard:
 def _metadata(result: Result, names: Names, title: str) -> ModelCardData:
     values = result.values
     tags = ["hf_delta", "trl" if values else None, values.get("trainer"), *_method_tags(result)]
-    dataset = values.get("dataset_name")
     has_base = names.base is not None and not is_local(names.base)
     return ModelCardData(
         base_model=names.base if has_base else None,
         base_model_relation=("adapter" if result.adapter else "finetune") if has_base else None,
-        datasets=[dataset] if dataset and not is_local(dataset) else None,
+        datasets=[names.dataset] if names.dataset else None,
         library_name="peft" if result.adapter else "transformers",
         model_name=title,
         pipeline_tag="text-generation",
@@ -182,7 +191,7 @@ def _training(result: Result, names: Names) -> str:
         ("Method", _methods(result)),
         ("Papers" if len(linked) > 1 else "Paper", "; ".join(linked)),
         ("Base model", _base(result, names)),
-        ("Data", _data(names.values)),
+        ("Data", _data(names)),
         ("Optimizer steps", "" if result.steps is None else str(result.steps)),
         ("Versions", _versions(result)),
     ]
@@ -211,16 +220,16 @@ def _methods(result: Result) -> str:
 def _base(result: Result, names: Names) -> str:
     if names.base is None:
         return ""
-    revision = result.values.get("model_revision") or (None if result.base_is_local else "main")
     commit = result.manifest.get("base_commit")
-    said = [f"revision `{revision}`" if revision else "", f"commit `{commit}`" if commit else ""]
+    said = [f"revision `{names.revision}`" if names.revision else "", f"commit `{commit}`" if commit else ""]
     return ", ".join([_linked(names.base), *(text for text in said if text)])
 
 
-def _data(values: dict[str, Any]) -> str:
+def _data(names: Names) -> str:
+    values = names.values
     if name := values.get("dataset_name"):
         details = [values.get("dataset_config"), values.get("dataset_split", "train")]
-        where = f"`{name}`" if is_local(name) else f"[{name}](https://huggingface.co/datasets/{name})"
+        where = f"[{name}](https://huggingface.co/datasets/{name})" if names.dataset else f"`{name}`"
         return ", ".join([where, *(f"`{detail}`" for detail in details if detail)])
     files = values.get("train_file") or []
     said = ", ".join(f"`{Path(file).name}`" for file in ([files] if isinstance(files, str) else files))

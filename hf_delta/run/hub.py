@@ -13,7 +13,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    validate_repo_id,
+)
 
 from hf_delta import __version__
 from hf_delta.errors import InputError
@@ -79,11 +84,16 @@ def upload(repo: str, files: dict[str, Path | bytes], *, token: str | None, revi
     """
     api = _api(token)
     with _one_line(f"the push to {repo} failed"), _quiet():
-        there = api.list_repo_files(repo, revision=revision)
-        stale = [path for path in there if path not in files and _is_weight(path)]
+        there = api.model_info(repo, revision=revision)
+        names = [file.rfilename for file in there.siblings or ()]
+        stale = [path for path in names if path not in files and _is_weight(path)]
         operations = [CommitOperationAdd(path, content) for path, content in files.items()]
         operations += [CommitOperationDelete(path) for path in stale]
-        return api.create_commit(repo, operations, commit_message=message, revision=revision).commit_url
+        # On top of what was looked at: of two pushes at once, one has to look again.
+        commit = api.create_commit(
+            repo, operations, commit_message=message, revision=revision, parent_commit=there.sha
+        )
+        return commit.commit_url
 
 
 def _is_weight(path: str) -> bool:
@@ -96,11 +106,13 @@ def _api(token: str | None) -> HfApi:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    were_off = are_progress_bars_disabled()
     disable_progress_bars()
     try:
         yield
     finally:
-        enable_progress_bars()
+        if not were_off:
+            enable_progress_bars()
 
 
 @contextmanager
@@ -125,6 +137,8 @@ def _reason(error: BaseException) -> str:
             return "the Hub refuses the token (401): run `hf auth login`, or set HF_TOKEN."
         if status == 403:
             return "the token may not write there (403): take one that may write, or another repository."
+        if status in (409, 412):
+            return f"the repository was changed at the same time ({status}): push again."
         if isinstance(chain, (RepositoryNotFoundError, EntryNotFoundError)):
             return "there is no such repository, or the token may not see it (404)."
         if status is not None and status != 400:

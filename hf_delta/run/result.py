@@ -1,6 +1,7 @@
 """What a directory of weights is, read from its own files: an adapter or a model, of which base, trained how."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,14 @@ class Result:
     @property
     def base_is_local(self) -> bool:
         return self.base is not None and is_local(self.base)
+
+    @property
+    def dataset(self) -> str | None:
+        """Id of the data on the Hub, if it came from there."""
+        name = self.values.get("dataset_name")
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+            return None
+        return None if is_local(name) or name in self.manifest.get("local_paths", []) else name
 
     @property
     def kind(self) -> str | None:

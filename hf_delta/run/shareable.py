@@ -7,13 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, get_token
+from huggingface_hub import ModelCard
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from hf_delta.errors import InputError
 from hf_delta.plot.figure import CURVES
-from hf_delta.run.card import Names, card_of, local_card
+from hf_delta.run import private
+from hf_delta.run.card import Names, card_of, local_card, revision_of
 from hf_delta.run.directory import MANIFEST
+from hf_delta.run.paths import local_paths
 from hf_delta.run.result import Result
 
 
@@ -22,19 +24,26 @@ Files = dict[str, Path | bytes]  # by path in the repository: a file as it is, o
 _ADAPTER = ("adapter_model*.safetensors", "adapter_model.safetensors.index.json")
 _MODEL = ("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "LICENSE*")
 _TOKENIZER = (
-    "tokenizer*.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.*",
+    "vocab.json",
+    "vocab.txt",
     "merges.txt",
-    "*.jinja",
+    "chat_template.jinja",
     "additional_chat_templates/*.jinja",
-    "*.model",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "*.tiktoken",
     "*processor_config.json",
 )
 # Rewritten where they name this disk: configurations, and not the vocabulary.
 _CONFIGURATIONS = re.compile(r"(generation_|tokenizer_|.*processor_)?config\.json")
+# Words of a language, among which anybody's name may be.
+_VOCABULARIES = re.compile(r"tokenizer\.json|vocab\..*|merges\.txt|added_tokens\.json|.*\.(model|tiktoken)")
+_BINARY = (".safetensors", ".png", ".model", ".tiktoken")
 
 _OF_THIS_DISK = ("local_paths", "output_dir")
 _TRAINING_ONLY = (
@@ -46,8 +55,6 @@ _TRAINING_ONLY = (
     "log_level",
 )
 _FILES = ("train_file", "eval_file", "playground")
-_TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b")
-_HEADER = 1 << 20  # bytes of a file of weights in which text can stand, at most
 
 
 def shareable(result: Result, repo: str, base: str | None, lora_error: float | None = None) -> Files:
@@ -73,7 +80,8 @@ def shareable(result: Result, repo: str, base: str | None, lora_error: float | N
         found["adapter_config.json"] = as_json(adapter_config(result.adapter, base))
     if result.manifest:
         found[MANIFEST] = as_json(shared_manifest(result, base))
-    names = Names(repo, base, shown_values(result, base), lora_error, picture=CURVES in found)
+    values = shown_values(result, base)
+    names = Names(repo, base, values, lora_error, CURVES in found, revision_of(result), result.dataset)
     found["README.md"] = shared_card(result, names).encode()
     return found
 
@@ -81,53 +89,40 @@ def shareable(result: Result, repo: str, base: str | None, lora_error: float | N
 def adapter_config(config: dict[str, Any], base: str | None) -> dict[str, Any]:
     """`adapter_config.json` with the id of the base model; fields that hold another local path get their default."""
     cls = PEFT_TYPE_TO_CONFIG_MAPPING.get(config.get("peft_type"))
-    defaults = {} if cls is None else {field.name: field.default for field in dataclasses.fields(cls)}
+    fields = dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
+    defaults = {field.name: field.default for field in fields if field.default is not dataclasses.MISSING}
     shared = {**config, "base_model_name_or_path": base}
-    for key, value in shared.items():
-        if isinstance(value, str) and key != "base_model_name_or_path" and Path(value).is_absolute():
-            default = defaults.get(key)
-            shared[key] = None if default is dataclasses.MISSING else default
+    for key, value in config.items():
+        if key != "base_model_name_or_path" and private.shared(value, local_paths(value)) != value:
+            shared[key] = defaults.get(key) if isinstance(value, str) else private.shared(value, local_paths(value))
     return shared
 
 
 def shown_values(result: Result, base: str | None) -> dict[str, Any]:
     """The recipe's keys with files by their names alone, without those that concern this disk or the upload."""
-    local = set(result.manifest.get("local_paths", []))
     shown = {}
     for key, value in result.values.items():
         if key in _TRAINING_ONLY or key.startswith("hub_") or key in ("base_model_id", "push_lora"):
             continue
         if key == "model_name_or_path":
-            shown[key] = base if base is not None else _name(value)
+            shown[key] = base if base is not None else private.name_of(value)
         elif key in _FILES:
-            shown[key] = [_name(one) for one in value] if isinstance(value, list) else _name(value)
+            shown[key] = [*map(private.name_of, value)] if isinstance(value, list) else private.name_of(value)
         else:
-            shown[key] = _without_paths(value, local)
+            shown |= private.shared({key: value}, result.manifest.get("local_paths", []))
     return shown
-
-
-def _without_paths(value: Any, local: set[str]) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_paths(item, local) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(item, local) for item in value]
-    looks_local = isinstance(value, str) and (value in local or re.match(r"(~|\.\.?)?/.", value))
-    return _name(value) if looks_local else value
-
-
-def _name(value: Any) -> Any:
-    return Path(value).name if isinstance(value, str) else value
 
 
 def shared_manifest(result: Result, base: str | None) -> dict[str, Any]:
     """`run.json` without local paths; `hf-delta export` finds in it how the base model was quantised."""
     manifest = {key: value for key, value in result.manifest.items() if key not in _OF_THIS_DISK}
-    local = set(result.manifest.get("local_paths", []))
-    method = _without_paths(manifest["method"], local)
+    local = result.manifest.get("local_paths", [])
+    shared = private.shared({key: value for key, value in manifest.items() if key != "values"}, local)
     if base is not None:
-        method["model_name_or_path"] = base
-    manifest |= {"recipe": _name(manifest.get("recipe")), "resumed_from": _name(manifest.get("resumed_from"))}
-    return {**manifest, "values": shown_values(result, base), "method": method}
+        shared["method"]["model_name_or_path"] = base
+    for key in ("recipe", "resumed_from"):
+        shared[key] = private.name_of(manifest.get(key))
+    return {**shared, "values": shown_values(result, base)}
 
 
 def shared_card(result: Result, names: Names) -> str:
@@ -136,7 +131,8 @@ def shared_card(result: Result, names: Names) -> str:
     own = path.read_text(encoding="utf-8") if path.is_file() else ""
     ours = [str(local_card(result, folder)) for folder in (None, result.manifest.get("output_dir"))]
     if not own.strip() or "[More Information Needed]" in own or own in ours:
-        return str(card_of(result, names))
+        manifest = shared_manifest(result, names.base) if result.manifest else {}
+        return str(card_of(dataclasses.replace(result, manifest=manifest), names))
     card = ModelCard(_renamed(own, result, names.result, names.base))
     if names.base is not None:
         card.data.base_model = names.base
@@ -149,6 +145,13 @@ def _plain(path: Path, result: Result, repo: str, base: str | None) -> Path | by
         return path
     text = path.read_text(encoding="utf-8")
     renamed = _renamed(text, result, repo, base)
+    try:
+        content = json.loads(renamed)
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read ({error}): it is damaged.") from error
+    clean = private.shared(content, sentences=False)
+    if clean != content:
+        return as_json(clean)
     return path if renamed == text else renamed.encode()
 
 
@@ -176,22 +179,33 @@ def check_nothing_private(files: Files, result: Result, token: str | None = None
     """The last look at what is about to leave.
 
     Raises:
-        `InputError`: a file holds a token, or a path of this disk.
+        `InputError`: a file holds a token, a path of this disk, or the name of this machine.
     """
-    secrets = [secret for secret in (token, get_token()) if secret]
-    paths = _private_paths(result)
+    tokens = private.secrets(token, result.values.get("hub_token"))
+    paths, homes, machine = _private_paths(result), private.homes(), private.machine()
     for name, content in files.items():
         data = _text_of(content)
-        if any(secret.encode() in data for secret in secrets) or (
-            not name.endswith((".safetensors", ".png")) and _TOKEN.search(data)
+        if any(_bytes_of(secret, data) for secret in tokens) or (
+            not name.endswith(_BINARY) and private.holds_token(data.decode("utf-8", "replace"))
         ):
-            raise InputError(f"{name} holds a token of the Hub: take it out. Nothing was pushed.")
-        for path in paths:
-            if path.encode() in data or json.dumps(path)[1:-1].encode() in data:
+            raise InputError(f"{result.folder / name} holds a token: take it out. Nothing was pushed.")
+        is_text = not name.endswith(_BINARY) and not _VOCABULARIES.fullmatch(name)
+        for path in [*paths, *(homes if is_text or name.endswith(".safetensors") else [])]:
+            if _bytes_of(path, data):
                 raise InputError(
                     f"{result.folder / name} holds the local path {path}: take it out, or write a name of the Hub. Nothing was "
                     "pushed."
                 )
+        for host in machine if is_text else []:
+            if re.search(rf"(?<![\w.-]){re.escape(host)}(?![\w-])".encode(), data):
+                raise InputError(
+                    f"{result.folder / name} holds {host}, the name of this machine: take it out. Nothing was pushed."
+                )
+
+
+def _bytes_of(text: str, data: bytes) -> bool:
+    """Whether a text stands in a file, as it is or as JSON has it."""
+    return text.encode() in data or json.dumps(text)[1:-1].encode() in data
 
 
 def _private_paths(result: Result) -> list[str]:
@@ -199,18 +213,12 @@ def _private_paths(result: Result) -> list[str]:
     values = [result.values.get(key) for key in _FILES]
     named = [one for value in values for one in (value if isinstance(value, list) else [value])]
     named += [result.base if result.base_is_local else None, result.manifest.get("output_dir")]
-    named += result.manifest.get("local_paths", [])
-    folders = [
-        result.folder.resolve(),
-        Path.cwd(),
-        *(Path(os.path.abspath(Path(name).expanduser())) for name in named if name),
-    ]
-    paths = {str(path) for path in folders if len(path.parts) > 2}
-    return sorted({*paths, f"{Path.home()}/"} - {"//"})
+    return private.forms([result.folder, Path.cwd(), *named, *result.manifest.get("local_paths", [])])
 
 
 def _text_of(content: Path | bytes) -> bytes:
+    """All of a file, or all but the tensors."""
     if isinstance(content, bytes):
         return content
     with content.open("rb") as file:
-        return file.read(_HEADER) if content.suffix == ".safetensors" else file.read()
+        return file.read(int.from_bytes(file.read(8), "little")) if content.suffix == ".safetensors" else file.read()
