@@ -41,3 +41,23 @@ def pytest_xdist_make_scheduler(config, log):
 def playground(tmp_path_factory):
     """A playground whose model was pre-trained for 20 steps only: the right shapes and files, hardly any skill."""
     return build_playground(tmp_path_factory.mktemp("playground") / "short", pretrain_steps=20, progress=False)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A stand-in for the Hub that this process talks to, with a token that may write."""
+    from huggingface_hub import constants
+
+    from tests.hub_server import TOKEN, running_hub
+
+    with running_hub() as hub:
+        url = hub.url + constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+        reached = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": url, "HF_HUB_OFFLINE": False}
+        for name, value in {**reached, "HF_HUB_DISABLE_XET": True}.items():
+            monkeypatch.setattr(constants, name, value)
+        # The client of transformers remembers its address.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        # Retries of huggingface_hub wait for seconds.
+        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+        yield hub

@@ -43,22 +43,6 @@ PRIVATE = {
 }
 
 
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub that this process talks to, with a token that may write."""
-    with running_hub() as hub:
-        url = hub.url + constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
-        reached = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": url, "HF_HUB_OFFLINE": False}
-        for name, value in {**reached, "HF_HUB_DISABLE_XET": True}.items():
-            monkeypatch.setattr(constants, name, value)
-        # The client of transformers remembers its address.
-        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        # Retries of huggingface_hub wait for seconds.
-        monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-        yield hub
-
-
 @pytest.fixture(scope="module")
 def finished(playground, tmp_path_factory):
     """A finished run of PMSS, evaluated, with what else may lie in its directory."""

@@ -15,8 +15,8 @@ from transformers import Trainer
 from trl.generation import vllm_generation
 from trl.trainer import dpo_trainer, grpo_trainer
 
+from hf_delta._compat import hub_pushes, running, safe_saves, trl_dpo, trl_state, trl_vllm, whole_saves
 from hf_delta._compat import peft as peft_compat
-from hf_delta._compat import running, safe_saves, trl_dpo, trl_state, trl_vllm, whole_saves
 from hf_delta._compat import transformers as transformers_compat
 from hf_delta._compat import trl as compat
 from hf_delta._compat.imports import when_imported
@@ -149,6 +149,21 @@ def test_signatures_of_saving_are_the_recorded_ones(name):
     # Checkpoints and final saves go through the public one, which writes nothing of its own where weights are sharded.
     assert "self.save_model(output_dir, _internal_call=True)" in inspect.getsource(Trainer._save_checkpoint)
     assert "self.create_accelerator_and_postprocess()" in inspect.getsource(Trainer.__init__)
+
+
+@pytest.mark.parametrize("name", hub_pushes.SEAMS)
+def test_signatures_of_pushing_are_the_recorded_ones(name):
+    assert tuple(inspect.signature(getattr(Trainer, name)).parameters) == hub_pushes.SEAMS[name]
+    source = inspect.getsource(Trainer)
+    for called in (
+        "self.init_hf_repo()",
+        "self._push_from_checkpoint(output_dir)",
+        "self.push_to_hub(commit_message=",
+    ):
+        assert called in source
+    # Who else uploads would upload more.
+    uploaders = (Trainer.push_to_hub, Trainer._push_from_checkpoint)
+    assert source.count("upload_folder(") == sum(inspect.getsource(one).count("upload_folder(") for one in uploaders)
 
 
 @pytest.mark.parametrize("name", compat.SAMPLER_ATTRIBUTES)

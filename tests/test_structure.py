@@ -43,7 +43,19 @@ FUNCTIONS = [
 # Rooms from the ground up: a module may import from its own floor and from those before it.
 FLOORS = [
     ["errors.py", "__init__.py", "_compat/__init__.py", "_compat/imports.py", "_compat/versions.py"],
-    ["imports.py", "paths.py", "disk.py", "checkpoint.py", "resume.py", "ids.py", "rules.py", "ops", "_compat"],
+    [
+        "imports.py",
+        "paths.py",
+        "disk.py",
+        "checkpoint.py",
+        "private.py",
+        "public.py",
+        "resume.py",
+        "ids.py",
+        "rules.py",
+        "ops",
+        "_compat",
+    ],
     ["adapters/base"],
     ["adapters/bone", "adapters/dora", "adapters/edora", "adapters/pmss"],
     ["adapters"],

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from hf_delta._compat.hub_pushes import SharedPushes
 from hf_delta._compat.running import RunningMetrics
 from hf_delta._compat.safe_saves import SafeSaves
 from hf_delta._compat.whole_saves import WholeSaves
@@ -11,7 +12,7 @@ from hf_delta._compat.whole_saves import WholeSaves
 SEAMS: dict[str, tuple[str, ...]] = {"_load_optimizer_and_scheduler": ("self", "checkpoint")}
 
 
-class ExtraState(RunningMetrics, SafeSaves, WholeSaves):
+class ExtraState(RunningMetrics, SafeSaves, WholeSaves, SharedPushes):
     """Mixin for trainers that keep more than model and optimizer.
 
     Stands before TRL's trainer among the bases. Hooks, all optional:

@@ -10,41 +10,18 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from hf_delta import private
 from hf_delta.errors import InputError
 from hf_delta.plot.figure import CURVES
-from hf_delta.run import private
+from hf_delta.public import Files, check_files, public_files
 from hf_delta.run.card import Names, card_of, local_card, revision_of
 from hf_delta.run.directory import MANIFEST
 from hf_delta.run.paths import local_paths
 from hf_delta.run.result import Result
 
 
-Files = dict[str, Path | bytes]  # by path in the repository: a file as it is, or what takes its place
-
-_ADAPTER = ("adapter_model*.safetensors", "adapter_model.safetensors.index.json")
-_MODEL = ("model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json", "LICENSE*")
-_TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "*.tiktoken",
-    "*processor_config.json",
-)
 # Rewritten where they name this disk: configurations, and not the vocabulary.
 _CONFIGURATIONS = re.compile(r"(generation_|tokenizer_|.*processor_)?config\.json")
-# Words of a language, among which anybody's name may be.
-_VOCABULARIES = re.compile(r"tokenizer\.json|vocab\..*|merges\.txt|added_tokens\.json|.*\.(model|tiktoken)")
-_BINARY = (".safetensors", ".png", ".model", ".tiktoken")
-
 _OF_THIS_DISK = ("local_paths", "output_dir")
 _TRAINING_ONLY = (
     "output_dir",
@@ -71,10 +48,7 @@ def shareable(result: Result, repo: str, base: str | None, lora_error: float | N
         lora_error (`float`, *optional*): Largest relative error of a LoRA copy that goes with it.
     """
     folder, found = result.folder, {}
-    patterns = (*(_MODEL if result.adapter is None else _ADAPTER), *_TOKENIZER, CURVES)
-    if _has_own_code(folder):
-        patterns += ("*.py",)
-    for path in sorted(path for pattern in patterns for path in folder.glob(pattern) if path.is_file()):
+    for path in [*public_files(folder, result.adapter is not None), *folder.glob(CURVES)]:
         found[path.relative_to(folder).as_posix()] = _plain(path, result, repo, base)
     if result.adapter is not None:
         found["adapter_config.json"] = as_json(adapter_config(result.adapter, base))
@@ -165,11 +139,6 @@ def _renamed(text: str, result: Result, repo: str, base: str | None) -> str:
     return text
 
 
-def _has_own_code(folder: Path) -> bool:
-    config = folder / "config.json"
-    return config.is_file() and '"auto_map"' in config.read_text(encoding="utf-8")
-
-
 def as_json(content: dict[str, Any]) -> bytes:
     """A JSON file."""
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
@@ -181,31 +150,7 @@ def check_nothing_private(files: Files, result: Result, token: str | None = None
     Raises:
         `InputError`: a file holds a token, a path of this disk, or the name of this machine.
     """
-    tokens = private.secrets(token, result.values.get("hub_token"))
-    paths, homes, machine = _private_paths(result), private.homes(), private.machine()
-    for name, content in files.items():
-        data = _text_of(content)
-        if any(_bytes_of(secret, data) for secret in tokens) or (
-            not name.endswith(_BINARY) and private.holds_token(data.decode("utf-8", "replace"))
-        ):
-            raise InputError(f"{result.folder / name} holds a token: take it out. Nothing was pushed.")
-        is_text = not name.endswith(_BINARY) and not _VOCABULARIES.fullmatch(name)
-        for path in [*paths, *(homes if is_text or name.endswith(".safetensors") else [])]:
-            if _bytes_of(path, data):
-                raise InputError(
-                    f"{result.folder / name} holds the local path {path}: take it out, or write a name of the Hub. Nothing was "
-                    "pushed."
-                )
-        for host in machine if is_text else []:
-            if re.search(rf"(?<![\w.-]){re.escape(host)}(?![\w-])".encode(), data):
-                raise InputError(
-                    f"{result.folder / name} holds {host}, the name of this machine: take it out. Nothing was pushed."
-                )
-
-
-def _bytes_of(text: str, data: bytes) -> bool:
-    """Whether a text stands in a file, as it is or as JSON has it."""
-    return text.encode() in data or json.dumps(text)[1:-1].encode() in data
+    check_files(files, result.folder, _private_paths(result), [token, result.values.get("hub_token")])
 
 
 def _private_paths(result: Result) -> list[str]:
@@ -214,11 +159,3 @@ def _private_paths(result: Result) -> list[str]:
     named = [one for value in values for one in (value if isinstance(value, list) else [value])]
     named += [result.base if result.base_is_local else None, result.manifest.get("output_dir")]
     return private.forms([result.folder, Path.cwd(), *named, *result.manifest.get("local_paths", [])])
-
-
-def _text_of(content: Path | bytes) -> bytes:
-    """All of a file, or all but the tensors."""
-    if isinstance(content, bytes):
-        return content
-    with content.open("rb") as file:
-        return file.read(int.from_bytes(file.read(8), "little")) if content.suffix == ".safetensors" else file.read()
