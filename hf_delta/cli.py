@@ -13,7 +13,7 @@ from rich.text import Text
 from hf_delta import __version__
 from hf_delta.errors import InputError
 from hf_delta.paths import check_writable
-from hf_delta.run.console import fail, no_permission
+from hf_delta.run.console import fail, unusable_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.command(arguments) or 0
     except InputError as error:
         return fail(error)
-    except PermissionError as error:
-        return fail(no_permission(error))
+    except OSError as error:
+        if (unusable := unusable_path(error)) is None:
+            raise
+        return fail(unusable)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,8 +2,6 @@
 
 import gc
 import logging
-import pickle
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,7 +10,6 @@ from pathlib import Path
 
 import datasets
 from datasets import Dataset
-from jinja2 import TemplateError
 from rich.logging import RichHandler
 from safetensors import SafetensorError
 from transformers import AutoConfig, ProgressCallback, Trainer
@@ -33,12 +30,11 @@ from hf_delta.recipe.peft import check_virtual_tokens, wants_fast_dora
 from hf_delta.recipe.rewards import resolve_reward
 from hf_delta.rules import as_dict
 from hf_delta.run.card import absolute, write_card
-from hf_delta.run.console import announce, console, fail, is_main_process, no_permission, no_room
+from hf_delta.run.console import announce, console, fail, is_main_process, no_room, unusable_path
 from hf_delta.run.directory import check_output_dir, clear, finish_manifest, is_finished, write_manifest
 from hf_delta.run.evaluation import BEFORE, evaluate_policy, evaluation_reward, write_report
 from hf_delta.run.extras import check_packages
 from hf_delta.run.fits import (
-    NO_TEMPLATE,
     check_checkpoint,
     check_finite,
     check_modules_to_save,
@@ -52,28 +48,12 @@ from hf_delta.run.papers import papers_of_training
 from hf_delta.run.processes import main_first, naming_the_process, on_main, parallelism
 from hf_delta.run.progress import TrainingProgress
 from hf_delta.run.publish import Destination, destination_of, publish_run, ready, without_push
+from hf_delta.run.refusals import REFUSALS, refusal
 from hf_delta.run.result import read_result
 from hf_delta.run.undo import undoing
 
 
 logger = logging.getLogger(__name__)
-
-# What constructors of trainers raise for models, tokenizers, templates and settings that do not work.
-_REFUSALS = (
-    ValueError,
-    TypeError,
-    ImportError,
-    RuntimeError,
-    OSError,
-    LookupError,
-    AttributeError,
-    AssertionError,
-    EOFError,
-    pickle.UnpicklingError,
-    SafetensorError,
-    TemplateError,
-    re.error,
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,9 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         run(load_recipe(argv[0], argv[1:]))
     except InputError as error:
         return fail(error)
-    except PermissionError as error:
-        return fail(no_permission(error))
     except (OSError, RuntimeError, SafetensorError) as error:
+        if (unusable := unusable_path(error)) is not None:
+            return fail(unusable)
         reason = finds_no_room(error)
         if reason is None:
             raise
@@ -250,13 +230,8 @@ def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | Non
             peft_config=recipe.peft,
             **({"reward_funcs": rewards} if rewards else {}),
         )
-    except _REFUSALS as error:
-        if isinstance(error, InputError):
-            raise
-        logger.debug("The constructor of the trainer failed.", exc_info=True)
-        if "chat_template is not set" in str(error):
-            raise InputError(f"{recipe.source}: {NO_TEMPLATE}") from error
-        raise InputError(f"{recipe.source}: {type(error).__name__}: {str(error).strip()}") from error
+    except REFUSALS as error:
+        raise refusal(error, recipe.source) from error
     check_vocabulary(trainer, train_rows)
     check_template(trainer, train_rows)
     check_finite(trainer)

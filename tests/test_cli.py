@@ -45,7 +45,7 @@ def test_recipes_are_listed_with_one_line_each(capsys):
 def test_keys_are_listed_with_type_default_and_meaning(capsys):
     assert main(["keys", "dpo"]) == 0
     out = capsys.readouterr().out
-    assert "  beta: a number; 0.1" in out and "  train_file: text or a list of text values or null" in out
+    assert "  beta: a number; 0.1" in out and "  train_file: text or a list of texts or null" in out
     assert main(["keys", "dpoo"]) == 2
     assert "no recipe of that name" in capsys.readouterr().err
 

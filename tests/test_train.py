@@ -242,7 +242,7 @@ def test_an_interrupted_run_says_how_to_go_on(monkeypatch, capsys):
 
     monkeypatch.setattr("hf_delta.train.load_recipe", interrupted)
     assert main(["quickstart"]) == 130
-    assert "--resume_from_checkpoint true" in capsys.readouterr().err
+    assert "The same command with --resume goes on" in capsys.readouterr().err
 
 
 def test_a_run_may_go_on_in_another_directory(tmp_path, playground):

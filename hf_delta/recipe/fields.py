@@ -147,23 +147,26 @@ def _parts(hint: Any) -> tuple[Any, ...]:
     return typing.get_args(hint) if _is_union(hint) else (hint,)
 
 
-def describe(hint: Any) -> str:
-    """A type as a person would say it."""
+_ONE = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+_MANY = {**_ONE, int: "whole numbers", float: "numbers", str: "texts"}
+
+
+def describe(hint: Any, many: bool = False) -> str:
+    """A type as a person would say it, of one value or of `many`."""
     if _is_union(hint):
-        return " or ".join(dict.fromkeys(describe(part) for part in typing.get_args(hint)))
+        return " or ".join(dict.fromkeys(describe(part, many) for part in typing.get_args(hint)))
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return f"one of {_listed(args)}"
     if (origin or hint) in (list, tuple):
-        return f"a list of {describe(args[0])} values" if args else "a list"
-    if (origin or hint) is dict:
-        return "a block of keys"
+        return ("lists" if many else "a list") + (f" of {describe(args[0], many=True)}" if args else "")
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return f"one of {_listed(member.value for member in hint)}"
-    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
-    if hint in names:
-        return names[hint]
-    return "a block of keys" if dataclasses.is_dataclass(hint) else str(getattr(hint, "__name__", hint))
+    if hint in _ONE:
+        return (_MANY if many else _ONE)[hint]
+    if (origin or hint) is dict or dataclasses.is_dataclass(hint):
+        return "blocks of keys" if many else "a block of keys"
+    return str(getattr(hint, "__name__", hint))
 
 
 def _got(node: Node) -> str:

@@ -165,6 +165,8 @@ def _scalar(loader: _Loader, node: yaml.ScalarNode, where: str) -> Any:
         value = loader.construct_object(node, deep=True)
         if isinstance(value, int) and value.bit_length() > _MOST_BITS:
             raise ValueError("too many digits")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("there is a NUL character in it, which neither names nor texts have")
         return value
     except (ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
         # A tag that does not fit, or more digits than Python reads.

@@ -88,9 +88,12 @@ class ResumableGRPO(Resumable, GRPOHooks):
                 self.buffered_rollouts, self.window_losses = window["rollouts"], window["losses"]
                 self.load_completion_log(window["log"])
         elif state["generation"]["step"] % state["layout"]["steps_per_window"]:
+            there, here = state["layout"], self._layout()
+            differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
             raise InputError(
-                f"{checkpoint} was saved with rollouts still to be trained on, under {state['layout']}; this run has "
-                f"{self._layout()}. Resume with the same values, or from a checkpoint at the end of a generation window."
+                f"{checkpoint} was saved with rollouts still to be trained on, under "
+                f"{', '.join(f'{key} {there.get(key)}' for key in differing)}; this run has "
+                f"{', '.join(f'{key} {here.get(key)}' for key in differing)}. Resume with the same values, or from a checkpoint at the end of a generation window."
             )
 
     def _method(self) -> dict[str, Any]:

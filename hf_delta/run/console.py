@@ -1,5 +1,6 @@
 """What a run says, on the main process only."""
 
+import errno
 import os
 import sys
 
@@ -30,9 +31,19 @@ def announce(text: str) -> None:
     console(stderr=True).print(f"[bold]>[/bold] {escape(text)}")
 
 
-def no_permission(error: PermissionError) -> InputError:
-    """What to say of a file or directory that one may not use, wherever that was noticed."""
-    return InputError(f"{error.filename}: you may not read or write this. Change its permissions, or choose another.")
+def unusable_path(error: BaseException) -> InputError | None:
+    """What to say of a file or directory that nobody or not everybody can use, wherever that was noticed; else `None`."""
+    if isinstance(error, PermissionError):
+        return InputError(
+            f"{error.filename}: you may not read or write this. Change its permissions, or choose another."
+        )
+    if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+        return InputError(
+            f"{error.filename!s:.40}…: the name of a file or directory is too long. Write a shorter one."
+        )
+    if getattr(error, "errno", None) == errno.ELOOP:
+        return InputError(f"{error.filename}: a link that leads to itself. Remove it, or choose another path.")
+    return None
 
 
 def no_room(error: Exception, reason: str) -> InputError:

@@ -66,9 +66,11 @@ def check_template(trainer: Trainer, rows: Dataset) -> None:
     if getattr(trainer.processing_class, "chat_template", None) is None:
         raise InputError(NO_TEMPLATE)
     try:
-        trainer.processing_class.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        text = trainer.processing_class.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
     except Exception as error:
         raise InputError(f"The chat template cannot render the prompt {prompt!r:.200}: {error}") from error
+    if not text:
+        raise InputError(f"The chat template makes an empty text of the prompt {prompt!r:.200}.")
 
 
 def check_finite(trainer: Trainer) -> None:

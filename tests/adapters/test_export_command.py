@@ -150,7 +150,7 @@ def test_base_models_that_cannot_be_read(folder, capsys):
     edit(folder / "base" / "config.json", quantization_config={"quant_method": "gptq"})
     refused(folder, capsys, "quantised with gptq", "merged")
     edit(folder / "base" / "config.json", quantization_config=None, model_type="mine", architectures=["Mine"])
-    refused(folder, capsys, "no model that transformers knows", "merged")
+    refused(folder, capsys, "no model that transformers can build", "merged")
     edit(folder / "base" / "config.json", model_type="qwen2", architectures=["Qwen2ForCausalLM"])
     next((folder / "base").glob("*-00002-*")).unlink()
     refused(folder, capsys, "missing or cut short", "merged")

@@ -579,7 +579,7 @@ EXPORTS = [
     command(
         "export-error-exceeded",
         f"{EXPORT} --rank 1 --max-error 1e-9",
-        "rank 1 leaves out more than 1e-09 of the change in 14 of 14 modules, most in model.layers.0.mlp.gate_proj (1.24e-06): give a larger rank, or use the format merged, which is exact.",
+        "rank 1 leaves out more than 1e-09 of the change in 14 of 14 modules, most in model.layers.0.mlp.gate_proj (…): give a larger rank, or use the format merged, which is exact.",
         files=ADAPTER,
     ),
     command(

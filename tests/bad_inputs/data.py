@@ -66,7 +66,7 @@ FILES = [
         "utf-16",
         "sft",
         '{"prompt": "1+1:", "completion": "2"}\n'.encode("utf-16"),
-        "rows.jsonl:2: not valid JSON (Expecting value).",
+        "rows.jsonl: not UTF-8 text, but UTF-16. Save it as UTF-8.",
         "a file in UTF-16",
     ),
     rows(

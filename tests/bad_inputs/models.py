@@ -289,7 +289,7 @@ CASES = [
         "pickle",
         "sft",
         "a file that is no pickle as `pytorch_model.bin`",
-        "recipe.yaml: UnpicklingError: Weights only load failed.…",
+        "model_name_or_path: model/pytorch_model.bin holds no weights that torch.save wrote: it is cut short, or something else. Save or download the model again.",
         pickled,
     ),
     case(
@@ -303,7 +303,7 @@ CASES = [
         "broken-tokenizer",
         "dpo",
         "`tokenizer.json` is cut off",
-        "recipe.yaml: ValueError: Unrecognized processing class in model. …",
+        "model_name_or_path: the tokenizer in model cannot be loaded (Expecting value: line 7 column 12 (char 100)). Save or download it again.",
         cut("tokenizer.json", 100),
     ),
     case(
@@ -334,7 +334,7 @@ CASES = [
         "broken-chat-template",
         "sft",
         "a chat template that is broken",
-        "recipe.yaml: TemplateSyntaxError: unexpected end of template, expected 'end of print statement'.",
+        "recipe.yaml: the chat template of the tokenizer fails: unexpected end of template, expected 'end of print statement'. Correct it, or write chat_template_path: <another>.",
         text("chat_template.jinja", "{% for message in messages %}{{ message"),
         prompt_style="conversational",
     ),

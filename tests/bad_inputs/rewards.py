@@ -42,7 +42,7 @@ NAMES = [
         "reward-null",
         "grpo",
         {"reward_funcs": [None]},
-        "recipe.yaml:15: reward_funcs must be a list of text or a block of keys values or null, got the list [None].",
+        "recipe.yaml:15: reward_funcs must be a list of texts or blocks of keys or null, got the list [None].",
         given="`reward_funcs: [null]`",
     ),
     run(

@@ -207,9 +207,11 @@ def empty_model(folder: Path) -> PreTrainedModel:
         with torch.device("meta"):
             cls = getattr(transformers, wanted, None)
             model = AutoModelForCausalLM.from_config(config) if cls is None else cls(config)
-    except (ValueError, KeyError, OSError, TypeError) as error:
+    except Exception as error:
+        # Whatever the class of a model trips over in a configuration.
+        reason = (str(error).strip().splitlines() or [""])[0]
         raise InputError(
-            f"{folder} is no model that transformers knows: {str(error).strip().splitlines()[0]}"
+            f"{folder / 'config.json'} describes no model that transformers can build ({type(error).__name__}: {reason})."
         ) from error
     model.tie_weights()
     for module in model.modules():

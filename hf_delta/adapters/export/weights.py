@@ -67,7 +67,9 @@ class Checkpoint:
         """
         self.folder = folder
         if (folder / INDEX).is_file():
-            names = read_json(folder / INDEX).get("weight_map") or {}
+            names = read_json(folder / INDEX).get("weight_map")
+            if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+                raise InputError(f"{folder / INDEX} is damaged: its weight_map does not name a file for each tensor.")
             shards = sorted(set(names.values()))
         elif (folder / SINGLE).is_file():
             names, shards = None, [SINGLE]
