@@ -251,7 +251,7 @@ def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | Non
             **({"reward_funcs": rewards} if rewards else {}),
         )
     except _REFUSALS as error:
-        if isinstance(error, InputError):
+        if isinstance(error, InputError) or finds_no_room(error):
             raise
         logger.debug("The constructor of the trainer failed.", exc_info=True)
         if "chat_template is not set" in str(error):
