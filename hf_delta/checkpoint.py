@@ -120,13 +120,15 @@ def _checksum(structure: str, tensors: dict[str, torch.Tensor]) -> str:
     return f"{value:08x}"
 
 
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The `checkpoint-N` of a run, that with the largest `N` first, complete or not."""
+    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
+    return sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True)
+
+
 def newest_complete_checkpoint(output_dir: str | Path, world_size: int = 1) -> Path | None:
     """The `checkpoint-N` with the largest `N` that every process wrote to its end, or `None`, see [`is_complete`]."""
-    found = [p for p in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    for checkpoint in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        if is_complete(checkpoint, world_size):
-            return checkpoint
-    return None
+    return next((path for path in checkpoints(output_dir) if is_complete(path, world_size)), None)
 
 
 def steps_of(checkpoint: str | Path) -> int:

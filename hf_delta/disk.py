@@ -9,11 +9,14 @@ class NoRoomError(OSError):
 
 _ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
-# Of libraries that write without Python: safetensors gives the system's number in its message, torch's zip files nothing.
+# Of libraries that write without Python: safetensors has the system's number in its message, and torch's zip files say that
+# they could not write, or are not where they thought.
 _SAID = (
     *(f"os error {number}" for number in _ERRORS),
-    "PytorchStreamWriter failed writing",
     "No space left on device",
+    "PytorchStreamWriter failed writing",
+    "iostream error",
+    "unexpected pos",
 )
 
 

@@ -34,7 +34,8 @@ class Resumable(Trainer):
             resume_from_checkpoint = str(newest)
         if resume_from_checkpoint:
             self._check_sharding(resume_from_checkpoint)
-            check_batches(resume_from_checkpoint, self.args)
+            if (different := check_batches(resume_from_checkpoint, self.args)) is not None:
+                logger.warning("%s", different)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _check_sharding(self, checkpoint: str) -> None:
@@ -69,53 +70,57 @@ def batches(args: TrainingArguments) -> dict[str, int]:
     return found if generation is None else {**found, "generation_batch_size": generation}
 
 
-def check_batches(checkpoint: str | Path, args: TrainingArguments) -> None:
+def check_batches(checkpoint: str | Path, args: TrainingArguments) -> str | None:
     """See that a run with another number of processes goes on with the rows at which the checkpoint stopped.
 
     transformers finds the place by counting steps. Checkpoints of TRL do not say how they were launched.
+
+    Returns:
+        `str`, *optional*: What one should know of a launch that is another, and works.
 
     Raises:
         `InputError`: a step, or a generation, takes another number of rows there than here.
     """
     path = Path(checkpoint) / STATE_FILE
     if not path.exists():
-        return
+        return None
     with reading(path):
         there, here = load_state(path)["layout"], batches(args)
         processes, rows = there["num_processes"], there["rows_per_step"]
-    launches = f"{checkpoint} was written by {_counted(processes, 'process')} with %s, and this run is {_counted(here['num_processes'], 'process')} with %s"
     if processes == here["num_processes"]:
-        if rows != here["rows_per_step"]:
-            logger.warning(
-                "%s was written with %s rows a step, and this run has %s: where it goes on in the data is counted in steps.",
-                checkpoint,
-                rows,
-                here["rows_per_step"],
-            )
-        return
+        if rows == here["rows_per_step"]:
+            return None
+        return (
+            f"{checkpoint} was written with {rows} rows a step, and this run has {here['rows_per_step']}: its place in the data "
+            "is found by counting steps of this run."
+        )
+    launches = f"{checkpoint} was written by {_counted(processes)} with {{}}, and this run is {_counted(here['num_processes'])} with {{}}"
     if rows != here["rows_per_step"]:
-        passes, rest = divmod(rows, here["rows_per_step"] // here["gradient_accumulation_steps"])
-        advice = "per_device_train_batch_size and gradient_accumulation_steps that give as many rows"
-        if not rest and passes:
-            advice = f"gradient_accumulation_steps: {passes}"
         raise InputError(
-            f"{launches % (f'{rows} rows a step', here['rows_per_step'])}: it would go on at other rows. Write {advice}."
+            f"{launches.format(f'{rows} rows a step', here['rows_per_step'])}: it would go on at other rows. Write "
+            f"{_same_rows(rows, here)}."
         )
-    generation = there.get("generation_batch_size")
-    if generation != here.get("generation_batch_size"):
+    one, other = (layout.get("generation_batch_size") for layout in (there, here))
+    if one != other:
         raise InputError(
-            f"{launches % (f'{generation} completions a generation', here.get('generation_batch_size'))}: it would go on at other "
-            f"prompts. Write generation_batch_size: {generation}, without steps_per_generation."
+            f"{launches.format(f'{one} completions a generation', other)}: it would go on at other prompts. Write "
+            f"generation_batch_size: {one}, without steps_per_generation."
         )
-    logger.warning(
-        "%s: the run goes on at the same rows and with the same state, and not bit for bit: each process draws its own random "
-        "numbers.",
-        launches % (f"{rows} rows a step", "as many"),
+    return (
+        f"{launches.format(f'{rows} rows a step', 'as many')}: it goes on at the same rows and with the same state, but not bit for "
+        "bit, because each process draws its own random numbers."
     )
 
 
-def _counted(number: int, noun: str) -> str:
-    return f"1 {noun}" if number == 1 else f"{number} {noun}es"
+def _same_rows(rows: int, here: dict[str, int]) -> str:
+    passes, rest = divmod(rows, here["rows_per_step"] // here["gradient_accumulation_steps"])
+    if rest or not passes:
+        return f"per_device_train_batch_size and gradient_accumulation_steps that make {rows} rows with all processes"
+    return f"gradient_accumulation_steps: {passes}"
+
+
+def _counted(processes: int) -> str:
+    return "1 process" if processes == 1 else f"{processes} processes"
 
 
 def check_method(path: Path, state: dict[str, Any], method: dict[str, Any], settings: dict[str, Any]) -> None:

@@ -231,6 +231,8 @@ def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | Non
             **({"reward_funcs": rewards} if rewards else {}),
         )
     except REFUSALS as error:
+        if finds_no_room(error):
+            raise
         raise refusal(error, recipe.source) from error
     check_vocabulary(trainer, train_rows)
     check_template(trainer, train_rows)

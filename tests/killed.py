@@ -7,6 +7,8 @@ one to `DIRECTORY/killed`, which is killed as each kill says and resumed, and at
     {"at": PLACE, "call": 3, "when": "before" | "half" | "after", "signal": 9}
 
 at the third call of what is called there since training began, counted anew in each resumed run.
+
+Under a launcher a `JOB` is `{"arguments": [...], "rank": 1, "kill": {...}}`: one run, in which one process may be killed.
 """
 
 import json
@@ -95,22 +97,26 @@ def places() -> dict[str, Place]:
     }
 
 
+def arm_when_training_begins(armed: dict) -> None:
+    from transformers import TrainerCallback, trainer
+
+    class Begun(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            places()[armed["at"]].arm(armed["call"], armed["when"], armed["signal"])
+
+    trainer.DEFAULT_CALLBACKS.append(Begun)
+
+
 def child(recipe: str, flags: list[str], armed: dict | None) -> int:
     """Run a recipe in a child of its own, and return its exit status; minus the signal that ended it."""
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            from transformers import TrainerCallback, trainer
-
             from hf_delta.train import main
 
-            class Begun(TrainerCallback):
-                def on_train_begin(self, *args, **kwargs):
-                    places()[armed["at"]].arm(armed["call"], armed["when"], armed["signal"])
-
             if armed:
-                trainer.DEFAULT_CALLBACKS.append(Begun)
+                arm_when_training_begins(armed)
             status = main([recipe, *flags])
         except BaseException:
             traceback.print_exc()
@@ -124,9 +130,13 @@ def main(job: str) -> None:
     job = json.loads(Path(job).read_text())
     import torch
 
-    import hf_delta.train  # noqa: F401
+    import hf_delta.train
 
     torch.set_num_threads(1)
+    if "arguments" in job:
+        if job.get("kill") and os.environ["RANK"] == str(job["rank"]):
+            arm_when_training_begins(job["kill"])
+        sys.exit(hf_delta.train.main(job["arguments"]))
     out = Path(job["out"])
     statuses = [child(job["recipe"], ["--output_dir", str(out / "straight")], None)]
     for armed in [*job["kills"], None]:

@@ -1,17 +1,25 @@
 """Runs that are killed, told to leave, or have no room left on the disk, and go on as if nothing had been."""
 
+import errno
 import json
 import os
 import random
+import resource
 import signal
+import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback, trainer
 
+import hf_delta.train
+from hf_delta.checkpoint import newest_complete_checkpoint
+from hf_delta.train import main
 from tests.running import LORA, keys, write
 
 
@@ -104,11 +112,85 @@ def test_killed_again_and_again_a_run_ends_where_a_straight_one_does(tmp_path, p
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
+def launch(folder, *arguments, kill=None):
+    """Two processes by Accelerate, of which the second one may be killed."""
+    job = folder / "job.json"
+    job.write_text(json.dumps({"arguments": [str(a) for a in arguments], "rank": 1, "kill": kill}))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    flags = [
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *flags,
+        "--main_process_port",
+        port,
+        "-m",
+        "tests.killed",
+    ]
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return subprocess.run([*command, str(job)], env=environment, capture_output=True, text=True, timeout=900)
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_killed_while_it_writes_its_part_of_a_checkpoint(tmp_path, playground):
+    """The first process has written its part then, and must not call the checkpoint complete."""
+    changes = {**SAVING, **RUNS["grpo"], "per_device_train_batch_size": 4}
+    recipe = write(tmp_path, keys("grpo", playground, tmp_path / "out", **changes))
+    straight = launch(tmp_path, recipe, "--output_dir", tmp_path / "straight")
+    assert straight.returncode == 0 and "2 processes" in straight.stderr, straight.stderr[-3000:]
+    # Of the second process a checkpoint has one torch file, its random state.
+    killed = launch(tmp_path, recipe, kill=at("torch file", 4, "half"))
+    assert killed.returncode != 0 and f"exitcode: -{signal.SIGKILL}" in killed.stderr.replace(
+        "exitcode  ", "exitcode"
+    ), killed.stderr[-3000:]
+    assert newest_complete_checkpoint(tmp_path / "out", 2) == tmp_path / "out" / "checkpoint-3"
+    assert (tmp_path / "out" / "checkpoint-4").exists()
+    resumed = launch(tmp_path, recipe, "--resume")
+    assert resumed.returncode == 0 and "was cut off while it was written" in resumed.stderr, resumed.stderr[-3000:]
+    assert_same_run(tmp_path / "straight", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_where_one_stopped(tmp_path, playground):
+    constant = {**SAVING, "lr_scheduler_type": "constant", "optim": "sgd", "learning_rate": 0.05}
+    recipe = write(tmp_path, keys("sft", playground, tmp_path / "out", **constant, max_steps=6))
+    assert main([str(recipe), "--output_dir", str(tmp_path / "straight")]) == 0
+    assert main([str(recipe), "--max_steps", "3"]) == 0
+    resumed = launch(tmp_path, recipe, "--resume", "--per_device_train_batch_size", 2)
+    assert resumed.returncode == 0 and "was written by 1 process with 4 rows a step" in resumed.stderr, resumed.stderr[
+        -3000:
+    ]
+    one, two = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("straight", "out"))
+    assert one.keys() == two.keys() and any(tensor.abs().max() > 1e-3 for tensor in one.values())
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-6)
+
+
 def test_there_are_twenty_kills():
     assert sum(map(len, KILLS.values())) + sum(AT_RANDOM.values()) >= 20
 
 
-@pytest.mark.parametrize("trainer", RUNS)
+@pytest.mark.parametrize(
+    "trainer", ["sft", *(pytest.param(trainer, marks=pytest.mark.slow) for trainer in ("grpo", "dpo"))]
+)
 def test_told_to_leave_a_run_saves_and_goes_on_from_there(tmp_path, playground, trainer):
     content = keys(trainer, playground, tmp_path / "out", **{**SAVING, "save_steps": 100}, **RUNS[trainer])
     leave = at("backward", 6, number=signal.SIGTERM)
@@ -116,3 +198,116 @@ def test_told_to_leave_a_run_saves_and_goes_on_from_there(tmp_path, playground, 
     assert statuses == [0, 128 + signal.SIGTERM, 0], said[-3000:]
     assert "Stopped by SIGTERM after step" in said and "Traceback" not in said
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
+
+
+# -- a full disk ----------------------------------------------------------------------------------------------------
+class FullDisk(TrainerCallback):
+    """From the end of a step on no file may become larger than so many bytes, which for who writes one is a full disk."""
+
+    def __init__(self, step, size):
+        self.step, self.size = step, size
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+@contextmanager
+def full_disk(step, size):
+    class Now(FullDisk):
+        def __init__(self):
+            super().__init__(step, size)
+
+    trainer.DEFAULT_CALLBACKS.append(Now)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        trainer.DEFAULT_CALLBACKS.pop()
+
+
+@pytest.mark.parametrize("too_large", ["hf_delta_state.safetensors", "adapter_model.safetensors", "optimizer.pt"])
+def test_on_a_full_disk_the_last_good_checkpoint_stays(tmp_path, playground, capsys, too_large):
+    saving = {**SAVING, "save_steps": 2, "max_steps": 4}
+    recipe = write(tmp_path, keys("sft", playground, tmp_path / "out", **saving))
+    assert main([str(recipe), "--output_dir", str(tmp_path / "straight")]) == 0
+    size = (tmp_path / "straight" / "checkpoint-2" / too_large).stat().st_size
+    capsys.readouterr()
+    with full_disk(4, size - 1):
+        status = main([str(recipe)])
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert status == 1 and len(errors) == 1, errors
+    assert (
+        f"{tmp_path / 'out' / 'checkpoint-4'} could not be written, because there is no room on the disk" in errors[0]
+    )
+    assert f"The last good one is {tmp_path / 'out' / 'checkpoint-2'}. Make room, and resume." in errors[0]
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert main([str(recipe), "--resume"]) == 0
+    assert_same_run(tmp_path / "straight", tmp_path / "out")
+
+
+def test_on_a_disk_that_was_full_from_the_first_checkpoint_on(tmp_path, playground, capsys):
+    recipe = write(tmp_path, keys("sft", playground, tmp_path / "out", **SAVING, max_steps=2))
+    with full_disk(1, 100):
+        assert main([str(recipe)]) == 1
+    assert "There is no earlier one. Make room, and resume." in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert main([str(recipe), "--resume"]) == 0
+
+
+def test_a_final_model_for_which_there_is_no_room(tmp_path, playground, capsys, monkeypatch):
+    recipe = write(tmp_path, keys("sft", playground, tmp_path / "out", **{**SAVING, "save_steps": 2}, max_steps=2))
+    monkeypatch.setattr(hf_delta.train, "_save", no_room_left)
+    assert main([str(recipe)]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        last.startswith("error: there/model: there is no room on the disk")
+        and "--resume goes on from the last checkpoint" in last
+    )
+    monkeypatch.undo()
+    assert main([str(recipe), "--resume"]) == 0 and (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def no_room_left(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there/model")
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, playground, monkeypatch):
+    def fails(_):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(hf_delta.train, "_save", fails)
+    recipe = write(tmp_path, keys("sft", playground, tmp_path / "out", max_steps=1))
+    with pytest.raises(RuntimeError, match="something else"):
+        main([str(recipe)])
+
+
+# -- which checkpoint -----------------------------------------------------------------------------------------------
+def resumed_from(out):
+    return Path(json.loads((out / "run.json").read_text())["resumed_from"]).name
+
+
+def test_checkpoints_that_a_run_was_told_not_to_take_are_not_taken_later(tmp_path, playground):
+    """A run goes on from an earlier checkpoint, and stops before it has written all later ones anew."""
+    content = keys("sft", playground, tmp_path / "out", **{**SAVING, "save_total_limit": None}, max_steps=4)
+    recipe, out = str(write(tmp_path, content)), tmp_path / "out"
+    assert main([recipe]) == 0
+    earlier = str(out / "checkpoint-1")
+    assert main([recipe, "--max_steps", "2", "--resume_from_checkpoint", earlier]) == 0
+    assert resumed_from(out) == "checkpoint-1"
+    assert main([recipe, "--max_steps", "3", "--resume"]) == 0
+    assert resumed_from(out) == "checkpoint-2"
+    # What has been written anew is taken, and what is there of later steps still is not.
+    assert main([recipe, "--resume"]) == 0
+    assert resumed_from(out) == "checkpoint-3"
+
+
+def test_what_is_left_of_an_earlier_try_is_not_mixed_with_what_is_written(tmp_path, playground):
+    content = keys("sft", playground, tmp_path / "out", **SAVING, max_steps=2)
+    recipe, left = str(write(tmp_path, content)), tmp_path / "out" / "checkpoint-2"
+    assert main([recipe, "--max_steps", "1"]) == 0
+    left.mkdir()
+    (left / "rng_state_1.pth").write_bytes(b"of another launch")
+    assert main([recipe, "--resume"]) == 0
+    assert not (left / "rng_state_1.pth").exists() and (left / "rng_state.pth").exists()

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import zlib
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 
 from hf_delta import __version__
-from hf_delta.checkpoint import is_complete, newest_complete_checkpoint
+from hf_delta.checkpoint import checkpoints, is_complete
 from hf_delta.data import CACHE
 from hf_delta.errors import InputError
 from hf_delta.paths import check_writable
 from hf_delta.recipe import Recipe
+from hf_delta.resume import check_batches
 from hf_delta.run.paths import local_paths
 from hf_delta.run.undo import BEFORE_TRAINING, MANIFEST
 
@@ -25,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 
+# What transformers writes last into a checkpoint.
+_LAST = "trainer_state.json"
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
 
 
@@ -40,9 +44,14 @@ def check_output_dir(recipe: Recipe) -> str | None:
     if run.resume_from_checkpoint and run.overwrite_output_dir:
         raise InputError("resume_from_checkpoint and overwrite_output_dir exclude each other.")
     if isinstance(run.resume_from_checkpoint, str):
-        return _checked_checkpoint(recipe, Path(run.resume_from_checkpoint))
+        checkpoint = _checked_checkpoint(recipe, Path(run.resume_from_checkpoint))
+        check_batches(checkpoint, recipe.training)
+        return checkpoint
     if run.resume_from_checkpoint:
-        return _newest_checkpoint(recipe)
+        checkpoint = _newest_checkpoint(recipe)
+        if checkpoint is not None:
+            check_batches(checkpoint, recipe.training)
+        return checkpoint
     if not _leftovers(out):
         return None
     if {path.name for path in _leftovers(out)} <= BEFORE_TRAINING:
@@ -92,19 +101,47 @@ def _checked_checkpoint(recipe: Recipe, checkpoint: Path) -> str:
 
 def _newest_checkpoint(recipe: Recipe) -> str | None:
     out = recipe.output_dir
-    newest = newest_complete_checkpoint(out, recipe.training.world_size)
+    newest, cut_off = None, []
+    for checkpoint in checkpoints(out):
+        if not is_complete(checkpoint, recipe.training.world_size):
+            cut_off.append(checkpoint)
+        elif _is_superseded(checkpoint):
+            logger.warning("%s is of before the run went on from an earlier checkpoint: it is skipped.", checkpoint)
+        else:
+            newest = checkpoint
+            break
     if newest is None and _leftovers(out) and not (out / MANIFEST).is_file():
         raise InputError(
             f"output_dir: {out} holds no run to resume ({_some(_leftovers(out))}). Choose another output_dir."
         )
     _check_same_method(recipe, out)
-    for checkpoint in out.glob("checkpoint-*"):
-        if not is_complete(checkpoint, recipe.training.world_size):
-            logger.warning("%s was cut off while it was written: it is skipped.", checkpoint)
+    for checkpoint in cut_off:
+        logger.warning("%s was cut off while it was written: it is skipped.", checkpoint)
     if newest is None:
         logger.warning("%s holds no complete checkpoint: training starts from the beginning.", out)
         return None
     return str(newest)
+
+
+def _later_ones(out: Path, resumed_from: str | None) -> dict[str, str]:
+    """Checkpoints that a run leaves behind which goes on from an earlier one of its own, and what they look like.
+
+    Until it has written them anew, the newest checkpoint is one of those that it was told not to take.
+    """
+    if resumed_from is None or Path(resumed_from).parent.resolve() != out.resolve():
+        return {}
+    there, names = checkpoints(out), [path.name for path in checkpoints(out)]
+    later = there[: names.index(Path(resumed_from).name)] if Path(resumed_from).name in names else []
+    return {path.name: _fingerprint(path) for path in later if (path / _LAST).is_file()}
+
+
+def _is_superseded(checkpoint: Path) -> bool:
+    left_behind = (read_manifest(checkpoint.parent) or {}).get("superseded", {})
+    return checkpoint.name in left_behind and left_behind[checkpoint.name] == _fingerprint(checkpoint)
+
+
+def _fingerprint(checkpoint: Path) -> str:
+    return f"{zlib.crc32((checkpoint / _LAST).read_bytes()):08x}"
 
 
 def _check_same_method(recipe: Recipe, run_dir: Path) -> None:
@@ -148,6 +185,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         known = manifest["format_version"] == FORMAT_VERSION and isinstance(manifest["method"], dict)
+        known = known and isinstance(manifest.get("superseded", {}), dict)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error!r}): it is damaged. Start in another output_dir.") from error
     if not known:
@@ -174,6 +212,7 @@ def write_manifest(recipe: Recipe, resumed_from: str | None, papers: Sequence[tu
         "local_paths": local_paths(recipe.values),
         "world_size": recipe.training.world_size,
         "resumed_from": resumed_from,
+        "superseded": _later_ones(recipe.output_dir, resumed_from),
         "versions": {name: _version(name) for name in _PACKAGES},
     }
     recipe.output_dir.mkdir(parents=True, exist_ok=True)
