@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -284,6 +285,31 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, playground, monkey
 
 
 # -- which checkpoint -----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, playground):
+    """A run with two checkpoints."""
+    folder = tmp_path_factory.mktemp("saved")
+    assert main([str(write(folder, keys("sft", playground, folder / "out", **SAVING, max_steps=2)))]) == 0
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    "lost", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"]
+)
+def test_a_checkpoint_that_lost_a_part_while_it_was_deleted_hides_no_other(tmp_path, saved, lost):
+    out = shutil.copytree(saved, tmp_path / "out")
+    assert newest_complete_checkpoint(out) == out / "checkpoint-2"
+    (out / "checkpoint-2" / lost).unlink()
+    assert newest_complete_checkpoint(out) == out / "checkpoint-1"
+
+
+def test_a_checkpoint_of_a_model_alone_counts(tmp_path, saved):
+    out = shutil.copytree(saved, tmp_path / "out")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (out / "checkpoint-2" / name).unlink()
+    assert newest_complete_checkpoint(out) == out / "checkpoint-2"
+
+
 def resumed_from(out):
     return Path(json.loads((out / "run.json").read_text())["resumed_from"]).name
 
