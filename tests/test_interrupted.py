@@ -20,6 +20,7 @@ from transformers import TrainerCallback, trainer
 
 import hf_delta.train
 from hf_delta.checkpoint import newest_complete_checkpoint
+from hf_delta.disk import finds_no_room
 from hf_delta.train import main
 from tests.running import LORA, keys, write
 
@@ -110,6 +111,7 @@ def test_killed_again_and_again_a_run_ends_where_a_straight_one_does(tmp_path, p
     statuses, said = run_job(tmp_path, recipe, kills)
     assert statuses[0] == statuses[-1] == 0, said[-3000:]
     assert statuses[1:-1] == [-signal.SIGKILL] * len(kills), said[-3000:]
+    assert resumed_from(tmp_path / "killed").startswith("checkpoint-")
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
@@ -199,6 +201,7 @@ def test_told_to_leave_a_run_saves_and_goes_on_from_there(tmp_path, playground, 
     statuses, said = run_job(tmp_path, write(tmp_path, content), [leave])
     assert statuses == [0, 128 + signal.SIGTERM, 0], said[-3000:]
     assert "Stopped by SIGTERM after step" in said and "Traceback" not in said
+    assert resumed_from(tmp_path / "killed").startswith("checkpoint-")
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
@@ -273,6 +276,17 @@ def test_a_final_model_for_which_there_is_no_room(tmp_path, playground, capsys, 
 
 def no_room_left(_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there/model")
+
+
+def test_a_full_disk_is_found_behind_other_errors():
+    full = OSError(errno.ENOSPC, "no room")
+    wrapped, later = ValueError("wrapped"), KeyError("later")
+    wrapped.__cause__, later.__context__ = full, wrapped
+    assert finds_no_room(later) == finds_no_room(full) == "[Errno 28] no room"
+    # A ring of errors has an end.
+    one, other = ValueError("one"), ValueError("other")
+    one.__context__, other.__context__ = other, one
+    assert finds_no_room(one) is None and finds_no_room(OSError(errno.EACCES, "not allowed")) is None
 
 
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, playground, monkeypatch):
