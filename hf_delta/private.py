@@ -98,6 +98,6 @@ def name_of(path: Any) -> Any:
     return re.split(r"[\\/]", path.rstrip("\\/"))[-1] or "…"
 
 
-def holds_token(text: str) -> bool:
-    """Whether there is a token of the Hub in a text, whoever's it is."""
-    return _TOKEN.search(text) is not None
+def holds_token(data: bytes) -> bool:
+    """Whether there is a token of the Hub in a file, whoever's it is."""
+    return re.search(_TOKEN.pattern.encode(), data) is not None
