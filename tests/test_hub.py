@@ -1,8 +1,11 @@
 """Runs, adapters and exports on the Hub, against a stand-in that keeps every byte: what goes there, what never does."""
 
+import errno
+import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -302,6 +305,96 @@ def test_a_push_that_fails_is_one_line_and_goes_on_later(hub, finished, capsys, 
     if "commit" in pattern:
         # What had arrived was not sent again.
         assert sent == len(hub.blobs) == len(hub.seen("PUT /upload"))
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_two_pushes_at_once_do_not_mix(hub, finished, capsys, status):
+    hub.fail("POST /api/models/me/it/commit", status)
+    line = refused(capsys, "push", finished, "--repo", "me/it", "--base_model_id", "me/base")
+    assert f"the repository was changed at the same time ({status}): push again" in line
+
+
+def test_a_commit_is_made_on_top_of_what_was_looked_at(hub, finished, capsys, monkeypatch):
+    # Somebody else commits while the files are on their way.
+    preupload = hub.preupload
+
+    def meanwhile(**asked):
+        repo = hub.repos["me/it"]
+        repo.commit({**repo.files, "theirs.txt": b"more"}, "main", "theirs")
+        return preupload(**asked)
+
+    monkeypatch.setattr(hub, "preupload", meanwhile)
+    assert "was changed at the same time (412)" in refused(
+        capsys, "push", finished, "--repo", "me/it", "--base_model_id", "me/base"
+    )
+    assert set(hub.repos["me/it"].files) == {".gitattributes", "theirs.txt"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "when"),
+    [("PUT /upload", "midst"), ("PUT /upload", "after"), ("preupload", "after"), ("/commit/", "after")],
+)
+def test_a_connection_may_be_cut_at_any_moment(hub, finished, capsys, pattern, when):
+    hub.fail(pattern, None, when=when)
+    assert "cannot be reached" in refused(capsys, "push", finished, "--repo", "me/it", "--base_model_id", "me/base")
+    hub.heal()
+    commits = len(hub.repos["me/it"].commits)
+    assert push(finished) == 0
+    # A commit whose answer was lost is there, and not made twice.
+    assert len(hub.repos["me/it"].commits) == (commits if pattern == "/commit/" else commits + 1) == 2
+    assert (
+        hub.repos["me/it"].files["adapter_model.safetensors"] == (finished / "adapter_model.safetensors").read_bytes()
+    )
+
+
+def test_what_has_arrived_is_not_sent_again(hub, finished, capsys):
+    arrived = hashlib.sha256((finished / "adapter_model.safetensors").read_bytes()).hexdigest()
+    picture = hashlib.sha256((finished / "curves.png").read_bytes()).hexdigest()
+    hub.fail(f"PUT /upload/{picture}", 503)
+    refused(capsys, "push", finished, "--repo", "me/it", "--base_model_id", "me/base")
+    assert arrived in hub.blobs and picture not in hub.blobs
+    hub.heal()
+    assert push(finished) == 0
+    assert len(hub.seen(f"PUT /upload/{arrived}")) == 1 and "curves.png" in hub.repos["me/it"].files
+
+
+def test_large_files_go_in_parts(hub, finished):
+    weights = (finished / "adapter_model.safetensors").read_bytes()
+    hub.part_size = len(weights) // 2 - 1
+    assert push(finished) == 0
+    assert len(hub.seen("PUT /part/")) >= 3 and hub.seen("POST /complete/")
+    assert hub.repos["me/it"].files["adapter_model.safetensors"] == weights
+
+
+def test_a_full_disk_is_one_line(hub, finished, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("hf_delta.run.publish.TemporaryDirectory", full)
+    line = refused(capsys, "push", finished, "--repo", "me/it", "--base_model_id", "me/base", "--lora")
+    assert "cannot be made ready for the Hub" in line and "No space left on device" in line
+
+
+def test_xet_that_fails_is_one_line(hub, finished, capsys, monkeypatch):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    line = refused(capsys, "push", finished, "--repo", "me/it", "--base_model_id", "me/base")
+    assert "the push to me/it failed: " in line and "xet-write-token" in line and TOKEN not in line
+    assert set(hub.repos["me/it"].files) == {".gitattributes"}
+
+
+def test_an_export_that_could_not_be_pushed_is_pushed_with_its_card(hub, finished, tmp_path, capsys):
+    out = tmp_path / "plain lora"
+    hub.fail("POST /api/models/me/plain/commit", 500)
+    command = ["export", "--adapter", finished, "--format", "lora", "--out", out, "--push_to_hub", "me/plain"]
+    line = refused(capsys, *command, "--base_model_id", "me/base", "--private")
+    again = shlex.split(line.partition("again: ")[2])
+    assert again[:3] == ["hf-delta", "push", str(out)] and "--private" in again
+    hub.heal()
+    assert main(again[1:]) == 0
+    card = hub.repos["me/plain"].files["README.md"].decode()
+    assert "pass@1" in card and "`sft.jsonl`" in card
+    assert "holds no run.json" in refused(capsys, "push", out, "--repo", "me/plain", "--run", tmp_path)
 
 
 @pytest.mark.parametrize(
