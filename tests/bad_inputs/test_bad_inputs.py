@@ -1,5 +1,6 @@
 """Every bad input of the table: one line that says what, where and what to do; status 2, and nothing is changed."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -12,9 +13,19 @@ from tests.bad_inputs.trying import matches, outcome, tree
 from tests.bad_inputs.world import World
 
 
+EXTRAS = ("vllm", "deepspeed")
+
+
 @pytest.fixture(scope="session")
 def world(playground, tmp_path_factory):
     return World(tmp_path_factory.mktemp("world"), playground)
+
+
+@pytest.fixture(autouse=True)
+def no_extras(monkeypatch):
+    """Packages that are extras are not there, wherever the tests run."""
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in EXTRAS else find_spec(name, *a))
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.id)
