@@ -394,6 +394,8 @@ def git_oid(data: bytes) -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Head and body in one packet: the second of two would wait for the client to say that it has the first.
+    wbufsize, disable_nagle_algorithm = -1, True
     hub: Hub
 
     def _handle(self) -> None:
