@@ -537,59 +537,91 @@ def test_a_run_that_did_not_finish_is_trained_again(hub, tmp_path, playground):
 
 
 # -- end to end -----------------------------------------------------------------------------------------------------
-LOAD_NATIVE = """
-import hf_delta, json, sys, torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-model = AutoPeftModelForCausalLM.from_pretrained("me/it")
-tokenizer = AutoTokenizer.from_pretrained("me/it")
-print(json.dumps(model(torch.tensor([tokenizer.encode("1+2:")])).logits[0, -1].tolist()))
-"""
-LOAD_LORA = """
-import sys
-sys.modules["hf_delta"] = None
+PROMPT = "1+2:"
+# The lines of a card, and then what their model says; both are given by the test.
+PRINT_LOGITS = """
 import json, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-base = AutoModelForCausalLM.from_pretrained("me/base")
-model = PeftModel.from_pretrained(base, "me/it", subfolder="lora")
-tokenizer = AutoTokenizer.from_pretrained("me/it")
-print(json.dumps(model(torch.tensor([tokenizer.encode("1+2:")])).logits[0, -1].tolist()))
+ids = torch.tensor([{ids}])
+print(json.dumps(model(ids).logits[0, -1].tolist()))
 """
+WITHOUT_HF_DELTA = "import sys\nsys.modules['hf_delta'] = None\n"
+
+
+def lines_of(card):
+    """The blocks of Python in a card."""
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, -1].tolist()
+
+
+def test_the_lines_of_the_card_load_it(hub, finished, playground, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.add("me/base", playground / "model")
+    assert push(finished, "--lora") == 0
+    ids = AutoTokenizer.from_pretrained(playground / "model").encode(PROMPT)
+    base = AutoModelForCausalLM.from_pretrained(playground / "model")
+    plain = logits_of(base, ids)
+    expected = logits_of(PeftModel.from_pretrained(base, str(finished)), ids)
+    native, lora = lines_of(hub.repos["me/it"].files["README.md"].decode())
+    assert native.startswith("import hf_delta") and "hf_delta" not in lora
+    for lines, tolerance in ((native, 1e-6), (lora, 1e-5)):
+        names = {}
+        exec(lines, names)
+        assert logits_of(names["model"], ids) == pytest.approx(expected, abs=tolerance)
+        if "tokenizer" in names:
+            assert names["tokenizer"].encode(PROMPT) == ids
+    assert max(abs(one - other) for one, other in zip(plain, expected)) > 1e-3
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_goes_to_the_hub_and_comes_back_in_fresh_ones(tmp_path, playground):
+def test_runs_go_to_the_hub_and_come_back_in_fresh_processes_by_the_lines_of_their_cards(tmp_path, playground):
     with running_hub() as hub:
         hub.add("me/base", playground / "model")
         environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
         environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
         environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
-        def python(*command):
+        def python(*command, status=0):
             found = subprocess.run(
                 [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=600
             )
-            assert found.returncode == 0, found.stderr[-3000:]
-            return found.stdout
+            assert bool(found.returncode) == bool(status), found.stderr[-3000:]
+            return found.stderr if status else found.stdout
 
+        def run_by(lines, before=""):
+            return json.loads(python("-c", before + lines + PRINT_LOGITS.format(ids=ids)).splitlines()[-1])
+
+        ids = AutoTokenizer.from_pretrained(playground / "model").encode(PROMPT)
         content = keys("sft", playground, "out", peft_config=PMSS, learning_rate=1e-2, **PUSH, push_lora=True)
         launch = [
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
+            *"-m accelerate.commands.launch --main_process_port 0 --config_file".split(),
             str(CONFIGS / "cpu.yaml"),
-            "--main_process_port",
-            "0",
         ]
-        python(*launch, "-m", "hf_delta.train", str(write(tmp_path, content)))
-        assert len(hub.seen("POST /api/models/me/it/commit")) == 1
+        # Neither process waits for the other when the upload fails, and the result is there.
+        hub.fail("POST /api/models/me/it/commit", 500)
+        said = python(*launch, "-m", "hf_delta.train", str(write(tmp_path, content)), status=2)
+        assert said.count("the Hub answered 500") == 1
+        again = shlex.split(re.search(r"hf-delta push .*", said)[0])
+        hub.heal()
+        uploads = len(hub.seen("PUT /upload"))
+        python("-m", "hf_delta.cli", *again[1:])
+        assert len(hub.seen("POST /api/models/me/it/commit")) == 2 and len(hub.seen("PUT /upload")) == uploads
         assert str(tmp_path).encode() not in hub.uploaded() and b"lora_A" in hub.uploaded()
+
+        full = keys("sft", playground, "full", learning_rate=1e-3, **{**PUSH, "hub_model_id": "me/full"})
+        python("-m", "hf_delta.train", str(write(tmp_path, full)))
+
         model = AutoModelForCausalLM.from_pretrained(playground / "model")
-        ids = torch.tensor([AutoTokenizer.from_pretrained(playground / "model").encode("1+2:")])
-        base = model(ids).logits[0, -1].tolist()
-        expected = PeftModel.from_pretrained(model, str(tmp_path / "out"))(ids).logits[0, -1].tolist()
-        native = json.loads(python("-c", LOAD_NATIVE).splitlines()[-1])
-        lora = json.loads(python("-c", LOAD_LORA).splitlines()[-1])
-    assert native == pytest.approx(expected, abs=1e-6) and lora == pytest.approx(expected, abs=1e-5)
-    assert max(abs(one - other) for one, other in zip(base, expected)) > 1e-3
+        base = logits_of(model, ids)
+        expected = logits_of(PeftModel.from_pretrained(model, str(tmp_path / "out")), ids)
+        expected_full = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "full"), ids)
+        native, lora = lines_of(hub.repos["me/it"].files["README.md"].decode())
+        (whole,) = lines_of(hub.repos["me/full"].files["README.md"].decode())
+        assert run_by(native) == pytest.approx(expected, abs=1e-6)
+        assert run_by(lora, before=WITHOUT_HF_DELTA) == pytest.approx(expected, abs=1e-5)
+        assert run_by(whole, before=WITHOUT_HF_DELTA) == pytest.approx(expected_full, abs=1e-6)
+    for trained in (expected, expected_full):
+        assert max(abs(one - other) for one, other in zip(base, trained)) > 1e-3
