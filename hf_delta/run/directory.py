@@ -64,7 +64,7 @@ def check_output_dir(recipe: Recipe) -> str | None:
         )
     if not run.overwrite_output_dir:
         raise InputError(
-            f"output_dir: {out} holds another run. Go on with it: --resume_from_checkpoint true. Keep it: --output_dir "
+            f"output_dir: {out} holds another run. Go on with it: --resume. Keep it: --output_dir "
             "<another directory>. Delete it: --overwrite_output_dir true."
         )
     return None

@@ -1,6 +1,6 @@
 """Bad plans and launches: what a dry run finds without weights, and settings of launches in recipes."""
 
-from tests.bad_inputs.case import copied, run
+from tests.bad_inputs.case import copied, run, slow
 from tests.bad_inputs.checkpoints import thesis
 from tests.bad_inputs.hub import HUB
 from tests.bad_inputs.models import config, model, text
@@ -113,7 +113,7 @@ PLANS = [
         "over-a-run",
         "sft",
         {},
-        "output_dir: out holds another run. Go on with it: --resume_from_checkpoint true. Keep it: --output_dir <another directory>. Delete it: --overwrite_output_dir true.",
+        "output_dir: out holds another run. Go on with it: --resume. Keep it: --output_dir <another directory>. Delete it: --overwrite_output_dir true.",
         given="`--dry_run`, and `output_dir` holds another run",
         files={"out": copied("sft_run")},
     ),
@@ -381,3 +381,7 @@ LAUNCHES = [
         "recipe.yaml: accelerator.json cannot be read (No such file or directory).",
     ),
 ]
+
+_LONG = {"sft-dry-run-shapes-of-no-language-model", "sft-launch-deep", "sft-tensor-parallel"}
+PLANS = slow(PLANS, but=[case.id for case in PLANS if case.id not in _LONG])
+LAUNCHES = slow(LAUNCHES, but=[case.id for case in LAUNCHES if case.id not in _LONG])

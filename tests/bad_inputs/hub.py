@@ -16,7 +16,7 @@ PUSH = "push adapter --repo me/mine --base_model_id me/base"
 
 def finished(change=None):
     """A finished run as the directory `out`."""
-    return {"out": copied("dpo_run", change)}
+    return {"out": copied("finished_run", change)}
 
 
 def text(name, content):

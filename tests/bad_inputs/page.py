@@ -26,6 +26,7 @@ TABLE: dict[str, list[Case]] = {
     "Damaged checkpoints": checkpoints.RESUMING,
     "Checkpoints of other methods": checkpoints.OTHER_METHODS,
     "Output directories": checkpoints.DIRECTORIES,
+    "Runs that go on": checkpoints.RESUMES,
     "Dry runs": dry_runs.PLANS,
     "Launches": dry_runs.LAUNCHES,
     "Keys of the Hub": hub.KEYS,
