@@ -142,6 +142,9 @@ def _add_push(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("directory", help="output_dir of a run, or a directory that save_pretrained or export wrote")
     parser.add_argument("--repo", help="where to (default: hub_model_id of the run, or the name of the directory)")
     parser.add_argument("--lora", action="store_true", help="an adapter as a plain LoRA too, in the folder lora/")
+    parser.add_argument(
+        "--run", metavar="DIR", help="run that it was exported from, for the card (default: directory)"
+    )
     _add_hub(parser)
 
 

@@ -72,18 +72,22 @@ def shared(value: Any, local: Iterable[str] = (), sentences: bool = True) -> Any
         local (`Iterable[str]`, *optional*): Texts that were paths where the recipe ran, and do not look like one.
         sentences (`bool`, *optional*, defaults to `True`): Whether paths are looked for in the midst of texts as well.
     """
+    return _shared(value, set(local), sentences, secrets()[::-1])
+
+
+def _shared(value: Any, *how: Any) -> Any:
     if isinstance(value, dict):
-        kept = {key: item for key, item in value.items() if not _hidden(key)}
-        return {shared(key, local, sentences): shared(item, local, sentences) for key, item in kept.items()}
+        return {_shared(key, *how): _shared(item, *how) for key, item in value.items() if not _hidden(key)}
     if isinstance(value, (list, tuple)):
-        return [shared(item, local, sentences) for item in value]
+        return [_shared(item, *how) for item in value]
+    local, sentences, tokens = how
     if not isinstance(value, str):
         return value
     if value in local or _PATH.fullmatch(value):
         return name_of(value)
     text = _URL_USER.sub("", _TOKEN.sub("***", value))
-    for secret in reversed(secrets()):
-        text = text.replace(secret, "***")
+    for token in tokens:
+        text = text.replace(token, "***")
     return _INSIDE.sub("", text) if sentences else text
 
 
@@ -98,6 +102,6 @@ def name_of(path: Any) -> Any:
     return re.split(r"[\\/]", path.rstrip("\\/"))[-1] or "…"
 
 
-def holds_token(text: str) -> bool:
-    """Whether there is a token of the Hub in a text, whoever's it is."""
-    return _TOKEN.search(text) is not None
+def holds_token(data: bytes) -> bool:
+    """Whether there is a token of the Hub in a file, whoever's it is."""
+    return re.search(_TOKEN.pattern.encode(), data) is not None

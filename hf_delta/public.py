@@ -31,7 +31,6 @@ _TOKENIZER = (
 )
 # Words of a language, among which anybody's name may be.
 _VOCABULARIES = re.compile(r"tokenizer\.json|vocab\..*|merges\.txt|added_tokens\.json|.*\.(model|tiktoken)")
-_BINARY = (".safetensors", ".png", ".model", ".tiktoken")
 
 
 def public_files(folder: Path, adapter: bool) -> list[Path]:
@@ -67,16 +66,18 @@ def check_files(files: Files, folder: Path, paths: Iterable[str], tokens: Iterab
     secrets, paths, homes, machine = private.secrets(*tokens), list(paths), private.homes(), private.machine()
     for name, content in files.items():
         data = _text_of(content)
-        binary, vocabulary = name.endswith(_BINARY), _VOCABULARIES.fullmatch(Path(name).name) is not None
-        found = any(_holds(data, secret) for secret in secrets)
-        if found or (not binary and private.holds_token(data.decode("utf-8", "replace"))):
+        # In the bytes of a picture anything may stand by chance.
+        no_text = _VOCABULARIES.fullmatch(Path(name).name) is not None or name.endswith(".png")
+        if any(_holds(data, secret) for secret in secrets) or (
+            not name.endswith(".png") and private.holds_token(data)
+        ):
             raise InputError(f"{folder / name} holds a token: take it out. Nothing was pushed.")
-        for path in paths if vocabulary else [*paths, *homes]:
+        for path in paths if no_text else [*paths, *homes]:
             if _holds(data, path):
                 raise InputError(
                     f"{folder / name} holds the local path {path}: take it out, or write a name of the Hub. Nothing was pushed."
                 )
-        for host in [] if binary or vocabulary else machine:
+        for host in [] if no_text else machine:
             if re.search(rf"(?<![\w.-]){re.escape(host)}(?![\w-])".encode(), data):
                 raise InputError(
                     f"{folder / name} holds {host}, the name of this machine: take it out. Nothing was pushed."

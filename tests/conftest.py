@@ -55,8 +55,9 @@ def hub(monkeypatch):
         reached = {"ENDPOINT": hub.url, "HUGGINGFACE_CO_URL_TEMPLATE": url, "HF_HUB_OFFLINE": False}
         for name, value in {**reached, "HF_HUB_DISABLE_XET": True}.items():
             monkeypatch.setattr(constants, name, value)
-        # The client of transformers remembers its address.
+        # Clients that remember their address.
         monkeypatch.setattr("transformers.utils.hub._hf_api", None)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", hub.url)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         # Retries of huggingface_hub wait for seconds.
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)

@@ -374,11 +374,14 @@ ROUTES = [
 
 def problems_of(data: dict) -> list[str]:
     """What the Hub would say of the metadata of a card, for the fields that are used here."""
-    lists = [key for key in ("tags", "datasets") if not all(isinstance(v, str) for v in data.get(key) or [])]
+    given = {key: data.get(key) or [] for key in ("tags", "datasets")}
+    lists = [key for key, v in given.items() if not (isinstance(v, list) and all(isinstance(one, str) for one in v))]
+    if lists:
+        return [f"{key} has the wrong type" for key in lists]
     words = [key for key in ("library_name", "pipeline_tag") if not isinstance(data.get(key, ""), str)]
     named = [*(data.get("datasets") or []), *([data["base_model"]] if "base_model" in data else [])]
     ids = [name for name in named if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name))]
-    return [f"{key} has the wrong type" for key in lists + words] + [f"{name} is no id of the Hub" for name in ids]
+    return [f"{key} has the wrong type" for key in words] + [f"{name} is no id of the Hub" for name in ids]
 
 
 def is_large(path: str, data: bytes, size: int | None = None) -> bool:
@@ -394,6 +397,8 @@ def git_oid(data: bytes) -> str:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Head and body in one packet: the second of two would wait for the client to say that it has the first.
+    wbufsize, disable_nagle_algorithm = -1, True
     hub: Hub
 
     def _handle(self) -> None:

@@ -1,8 +1,11 @@
 """Runs, adapters and exports on the Hub, against a stand-in that keeps every byte: what goes there, what never does."""
 
+import errno
+import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -304,6 +307,96 @@ def test_a_push_that_fails_is_one_line_and_goes_on_later(hub, finished, capsys, 
         assert sent == len(hub.blobs) == len(hub.seen("PUT /upload"))
 
 
+@pytest.mark.parametrize("status", [409, 412])
+def test_two_pushes_at_once_do_not_mix(hub, finished, capsys, status):
+    hub.fail("POST /api/models/me/it/commit", status)
+    line = refused(capsys, "push", finished, "--repo", "me/it", "--base_model_id", "me/base")
+    assert f"the repository was changed at the same time ({status}): push again" in line
+
+
+def test_a_commit_is_made_on_top_of_what_was_looked_at(hub, finished, capsys, monkeypatch):
+    # Somebody else commits while the files are on their way.
+    preupload = hub.preupload
+
+    def meanwhile(**asked):
+        repo = hub.repos["me/it"]
+        repo.commit({**repo.files, "theirs.txt": b"more"}, "main", "theirs")
+        return preupload(**asked)
+
+    monkeypatch.setattr(hub, "preupload", meanwhile)
+    assert "was changed at the same time (412)" in refused(
+        capsys, "push", finished, "--repo", "me/it", "--base_model_id", "me/base"
+    )
+    assert set(hub.repos["me/it"].files) == {".gitattributes", "theirs.txt"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "when"),
+    [("PUT /upload", "midst"), ("PUT /upload", "after"), ("preupload", "after"), ("/commit/", "after")],
+)
+def test_a_connection_may_be_cut_at_any_moment(hub, finished, capsys, pattern, when):
+    hub.fail(pattern, None, when=when)
+    assert "cannot be reached" in refused(capsys, "push", finished, "--repo", "me/it", "--base_model_id", "me/base")
+    hub.heal()
+    commits = len(hub.repos["me/it"].commits)
+    assert push(finished) == 0
+    # A commit whose answer was lost is there, and not made twice.
+    assert len(hub.repos["me/it"].commits) == (commits if pattern == "/commit/" else commits + 1) == 2
+    assert (
+        hub.repos["me/it"].files["adapter_model.safetensors"] == (finished / "adapter_model.safetensors").read_bytes()
+    )
+
+
+def test_what_has_arrived_is_not_sent_again(hub, finished, capsys):
+    arrived = hashlib.sha256((finished / "adapter_model.safetensors").read_bytes()).hexdigest()
+    picture = hashlib.sha256((finished / "curves.png").read_bytes()).hexdigest()
+    hub.fail(f"PUT /upload/{picture}", 503)
+    refused(capsys, "push", finished, "--repo", "me/it", "--base_model_id", "me/base")
+    assert arrived in hub.blobs and picture not in hub.blobs
+    hub.heal()
+    assert push(finished) == 0
+    assert len(hub.seen(f"PUT /upload/{arrived}")) == 1 and "curves.png" in hub.repos["me/it"].files
+
+
+def test_large_files_go_in_parts(hub, finished):
+    weights = (finished / "adapter_model.safetensors").read_bytes()
+    hub.part_size = len(weights) // 2 - 1
+    assert push(finished) == 0
+    assert len(hub.seen("PUT /part/")) >= 3 and hub.seen("POST /complete/")
+    assert hub.repos["me/it"].files["adapter_model.safetensors"] == weights
+
+
+def test_a_full_disk_is_one_line(hub, finished, capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("hf_delta.run.publish.TemporaryDirectory", full)
+    line = refused(capsys, "push", finished, "--repo", "me/it", "--base_model_id", "me/base", "--lora")
+    assert "cannot be made ready for the Hub" in line and "No space left on device" in line
+
+
+def test_xet_that_fails_is_one_line(hub, finished, capsys, monkeypatch):
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    line = refused(capsys, "push", finished, "--repo", "me/it", "--base_model_id", "me/base")
+    assert "the push to me/it failed: " in line and "xet-write-token" in line and TOKEN not in line
+    assert set(hub.repos["me/it"].files) == {".gitattributes"}
+
+
+def test_an_export_that_could_not_be_pushed_is_pushed_with_its_card(hub, finished, tmp_path, capsys):
+    out = tmp_path / "plain lora"
+    hub.fail("POST /api/models/me/plain/commit", 500)
+    command = ["export", "--adapter", finished, "--format", "lora", "--out", out, "--push_to_hub", "me/plain"]
+    line = refused(capsys, *command, "--base_model_id", "me/base", "--private")
+    again = shlex.split(line.partition("again: ")[2])
+    assert again[:3] == ["hf-delta", "push", str(out)] and "--private" in again
+    hub.heal()
+    assert main(again[1:]) == 0
+    card = hub.repos["me/plain"].files["README.md"].decode()
+    assert "pass@1" in card and "`sft.jsonl`" in card
+    assert "holds no run.json" in refused(capsys, "push", out, "--repo", "me/plain", "--run", tmp_path)
+
+
 @pytest.mark.parametrize(
     ("token", "repo", "said"),
     [
@@ -444,59 +537,91 @@ def test_a_run_that_did_not_finish_is_trained_again(hub, tmp_path, playground):
 
 
 # -- end to end -----------------------------------------------------------------------------------------------------
-LOAD_NATIVE = """
-import hf_delta, json, sys, torch
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-model = AutoPeftModelForCausalLM.from_pretrained("me/it")
-tokenizer = AutoTokenizer.from_pretrained("me/it")
-print(json.dumps(model(torch.tensor([tokenizer.encode("1+2:")])).logits[0, -1].tolist()))
-"""
-LOAD_LORA = """
-import sys
-sys.modules["hf_delta"] = None
+PROMPT = "1+2:"
+# The lines of a card, and then what their model says; both are given by the test.
+PRINT_LOGITS = """
 import json, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-base = AutoModelForCausalLM.from_pretrained("me/base")
-model = PeftModel.from_pretrained(base, "me/it", subfolder="lora")
-tokenizer = AutoTokenizer.from_pretrained("me/it")
-print(json.dumps(model(torch.tensor([tokenizer.encode("1+2:")])).logits[0, -1].tolist()))
+ids = torch.tensor([{ids}])
+print(json.dumps(model(ids).logits[0, -1].tolist()))
 """
+WITHOUT_HF_DELTA = "import sys\nsys.modules['hf_delta'] = None\n"
+
+
+def lines_of(card):
+    """The blocks of Python in a card."""
+    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+
+
+def logits_of(model, ids):
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits[0, -1].tolist()
+
+
+def test_the_lines_of_the_card_load_it(hub, finished, playground, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    hub.add("me/base", playground / "model")
+    assert push(finished, "--lora") == 0
+    ids = AutoTokenizer.from_pretrained(playground / "model").encode(PROMPT)
+    base = AutoModelForCausalLM.from_pretrained(playground / "model")
+    plain = logits_of(base, ids)
+    expected = logits_of(PeftModel.from_pretrained(base, str(finished)), ids)
+    native, lora = lines_of(hub.repos["me/it"].files["README.md"].decode())
+    assert native.startswith("import hf_delta") and "hf_delta" not in lora
+    for lines, tolerance in ((native, 1e-6), (lora, 1e-5)):
+        names = {}
+        exec(lines, names)
+        assert logits_of(names["model"], ids) == pytest.approx(expected, abs=tolerance)
+        if "tokenizer" in names:
+            assert names["tokenizer"].encode(PROMPT) == ids
+    assert max(abs(one - other) for one, other in zip(plain, expected)) > 1e-3
 
 
 @pytest.mark.slow
-def test_a_run_of_two_processes_goes_to_the_hub_and_comes_back_in_fresh_ones(tmp_path, playground):
+def test_runs_go_to_the_hub_and_come_back_in_fresh_processes_by_the_lines_of_their_cards(tmp_path, playground):
     with running_hub() as hub:
         hub.add("me/base", playground / "model")
         environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
         environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
         environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
-        def python(*command):
+        def python(*command, status=0):
             found = subprocess.run(
                 [sys.executable, *command], env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=600
             )
-            assert found.returncode == 0, found.stderr[-3000:]
-            return found.stdout
+            assert bool(found.returncode) == bool(status), found.stderr[-3000:]
+            return found.stderr if status else found.stdout
 
+        def run_by(lines, before=""):
+            return json.loads(python("-c", before + lines + PRINT_LOGITS.format(ids=ids)).splitlines()[-1])
+
+        ids = AutoTokenizer.from_pretrained(playground / "model").encode(PROMPT)
         content = keys("sft", playground, "out", peft_config=PMSS, learning_rate=1e-2, **PUSH, push_lora=True)
         launch = [
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
+            *"-m accelerate.commands.launch --main_process_port 0 --config_file".split(),
             str(CONFIGS / "cpu.yaml"),
-            "--main_process_port",
-            "0",
         ]
-        python(*launch, "-m", "hf_delta.train", str(write(tmp_path, content)))
-        assert len(hub.seen("POST /api/models/me/it/commit")) == 1
+        # Neither process waits for the other when the upload fails, and the result is there.
+        hub.fail("POST /api/models/me/it/commit", 500)
+        said = python(*launch, "-m", "hf_delta.train", str(write(tmp_path, content)), status=2)
+        assert said.count("the Hub answered 500") == 1
+        again = shlex.split(re.search(r"hf-delta push .*", said)[0])
+        hub.heal()
+        uploads = len(hub.seen("PUT /upload"))
+        python("-m", "hf_delta.cli", *again[1:])
+        assert len(hub.seen("POST /api/models/me/it/commit")) == 2 and len(hub.seen("PUT /upload")) == uploads
         assert str(tmp_path).encode() not in hub.uploaded() and b"lora_A" in hub.uploaded()
+
+        full = keys("sft", playground, "full", learning_rate=1e-3, **{**PUSH, "hub_model_id": "me/full"})
+        python("-m", "hf_delta.train", str(write(tmp_path, full)))
+
         model = AutoModelForCausalLM.from_pretrained(playground / "model")
-        ids = torch.tensor([AutoTokenizer.from_pretrained(playground / "model").encode("1+2:")])
-        base = model(ids).logits[0, -1].tolist()
-        expected = PeftModel.from_pretrained(model, str(tmp_path / "out"))(ids).logits[0, -1].tolist()
-        native = json.loads(python("-c", LOAD_NATIVE).splitlines()[-1])
-        lora = json.loads(python("-c", LOAD_LORA).splitlines()[-1])
-    assert native == pytest.approx(expected, abs=1e-6) and lora == pytest.approx(expected, abs=1e-5)
-    assert max(abs(one - other) for one, other in zip(base, expected)) > 1e-3
+        base = logits_of(model, ids)
+        expected = logits_of(PeftModel.from_pretrained(model, str(tmp_path / "out")), ids)
+        expected_full = logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "full"), ids)
+        native, lora = lines_of(hub.repos["me/it"].files["README.md"].decode())
+        (whole,) = lines_of(hub.repos["me/full"].files["README.md"].decode())
+        assert run_by(native) == pytest.approx(expected, abs=1e-6)
+        assert run_by(lora, before=WITHOUT_HF_DELTA) == pytest.approx(expected, abs=1e-5)
+        assert run_by(whole, before=WITHOUT_HF_DELTA) == pytest.approx(expected_full, abs=1e-6)
+    for trained in (expected, expected_full):
+        assert max(abs(one - other) for one, other in zip(base, trained)) > 1e-3

@@ -144,7 +144,7 @@ def test_another_run_is_not_overwritten_unless_told_to(tmp_path, playground):
     before = snapshot(out)
     with pytest.raises(InputError) as caught:
         train(tmp_path, content)
-    for way_out in ("--resume_from_checkpoint true", "--output_dir", "--overwrite_output_dir true"):
+    for way_out in ("--resume.", "--output_dir", "--overwrite_output_dir true"):
         assert way_out in str(caught.value)
     assert snapshot(out) == before
     (out / "left-over").write_text("")

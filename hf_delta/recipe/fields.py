@@ -16,6 +16,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 
 from hf_delta.errors import InputError
+from hf_delta.recipe.launch import of_launches
 from hf_delta.recipe.source import Node
 
 
@@ -47,7 +48,9 @@ def build(cls: type[T], nodes: Mapping[str, Node], source: str, preset: Mapping[
     except InputError as error:
         raise InputError(f"{source}: {error}") from error
     except (ValueError, TypeError, ImportError, NotImplementedError) as error:
-        raise InputError(f"{source}: {str(error) or type(error).__name__}") from error
+        raise InputError(f"{source}: {of_launches(str(error) or type(error).__name__)}") from error
+    except OSError as error:
+        raise InputError(f"{source}: {error.filename} cannot be read ({error.strerror}).") from error
     except Exception as error:
         # Whatever a configuration of TRL, PEFT or transformers trips over is a value that it was given.
         raise InputError(

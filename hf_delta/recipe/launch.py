@@ -48,8 +48,9 @@ def planned_launch(nodes: dict[str, Node]) -> Launch | None:
         return None
     config, number = (nodes.get(key) for key in ("accelerate_config", "num_processes"))
     launch = current_launch()
-    if config is not None and isinstance(config.value, str):
-        launch = read_launch(config.value, config.where)
+    name = config and (config.text or config.value)
+    if isinstance(name, str):
+        launch = read_launch(name, config.where)
     # Another type than a whole number is refused with all other keys.
     if number is not None and type(number.value) is int:
         if number.value < 1:
@@ -77,8 +78,12 @@ def read_launch(name: str, where: str = "accelerate_config") -> Launch:
     path = _find(name, where)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{where}: {path} is not YAML: {str(error).splitlines()[0]}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: {path} is not UTF-8 text ({error.reason}).") from error
+    except (OSError, yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise InputError(f"{where}: {path}{f':{mark.line + 1}' if mark else ''} is not YAML: {reason}.") from error
     kind = content.get("distributed_type") if isinstance(content, dict) else None
     # YAML 1.1 reads NO as false.
     kind = "NO" if kind is False else str(kind)
@@ -88,6 +93,10 @@ def read_launch(name: str, where: str = "accelerate_config") -> Launch:
     processes = content.get("num_processes", 1)
     if type(processes) is not int or processes < 1:
         raise InputError(f"{where}: {path} has num_processes {processes!r}; write a whole number from 1 up.")
+    if not isinstance(content.get("deepspeed_config") or {}, dict):
+        raise InputError(
+            f"{where}: {path} has deepspeed_config {content['deepspeed_config']!r}; write a block of keys."
+        )
     strategy = _zero(_stage(content)) if kind == "DEEPSPEED" else _TYPES[kind]
     return Launch(processes, strategy, str(path))
 
@@ -102,6 +111,15 @@ def _find(name: str, where: str) -> Path:
         return root / f"{stem}.yaml"
     known = ", ".join(sorted(found.stem for found in root.glob("*.yaml")))
     raise InputError(f"{where}: {name} is no file and none of {known}.")
+
+
+def of_launches(said: str) -> str:
+    """What torch or transformers says of a setting, and what to do if that is for several processes and there is one."""
+    if any(words in said for words in ("distributed training", "torch.distributed", "process group")):
+        return (
+            f"{said.rstrip('.')}. That takes several processes: start them with `accelerate launch`, or leave it out."
+        )
+    return said
 
 
 def _stage(content: dict[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from hf_delta.recipe.find import find_recipe
 from hf_delta.recipe.launch import Launch, planned_launch
 from hf_delta.recipe.limits import check_deepspeed, check_limits, check_report_to
 from hf_delta.recipe.peft import build_peft_config
-from hf_delta.recipe.source import Node, apply_overrides, read_recipe
+from hf_delta.recipe.source import SHORT_FLAGS, Node, apply_overrides, read_recipe
 
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def _unknown(key: str, known: Mapping[str, type], trainer: str) -> str:
     others = [name for name, (config, _) in TRAINERS.items() if key in type_hints(_resolve(config))]
     if others:
         return f"{key} is a key of trainer {' and '.join(others)}, not of trainer {trainer}."
-    return f"unknown key {key!r}{suggest(key, [*known, 'trainer'])}"
+    return f"unknown key {key!r}{suggest(key, [*known, *SHORT_FLAGS, 'trainer'])}"
 
 
 def _check(recipe: Recipe) -> None:

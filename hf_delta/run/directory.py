@@ -64,7 +64,7 @@ def check_output_dir(recipe: Recipe) -> str | None:
         )
     if not run.overwrite_output_dir:
         raise InputError(
-            f"output_dir: {out} holds another run. Go on with it: --resume_from_checkpoint true. Keep it: --output_dir "
+            f"output_dir: {out} holds another run. Go on with it: --resume. Keep it: --output_dir "
             "<another directory>. Delete it: --overwrite_output_dir true."
         )
     return None
@@ -87,6 +87,10 @@ def _checked_checkpoint(recipe: Recipe, checkpoint: Path) -> str:
     if (checkpoint / MANIFEST).is_file():
         raise InputError(
             f"resume_from_checkpoint: {checkpoint} is a run; name a checkpoint-<step> in it, or write true."
+        )
+    if not (checkpoint / "trainer_state.json").exists() and not checkpoint.name.startswith("checkpoint-"):
+        raise InputError(
+            f"resume_from_checkpoint: {checkpoint} is no checkpoint; name a checkpoint-<step> of a run, or write true."
         )
     if not is_complete(checkpoint, recipe.training.world_size):
         raise InputError(f"resume_from_checkpoint: {checkpoint} was not written to its end; take an earlier one.")
@@ -184,7 +188,9 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        known = manifest["format_version"] == FORMAT_VERSION and isinstance(manifest["method"], dict)
+        known = manifest["format_version"] == FORMAT_VERSION
+        if not isinstance(manifest["method"], dict) or not isinstance(manifest.get("values", {}), dict):
+            raise TypeError("method and values are no blocks of keys")
         known = known and isinstance(manifest.get("superseded", {}), dict)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path} cannot be read ({error!r}): it is damaged. Start in another output_dir.") from error

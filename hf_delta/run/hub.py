@@ -36,7 +36,10 @@ def check_id(name: str, key: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise InputError(f"{key}: {str(error).splitlines()[0]}") from error
+        raise InputError(
+            f"{key}: {name!r} is no id of the Hub. Write <owner>/<name> with letters, digits, '-', '_' and '.', at most 96 in all, "
+            "without '--' and '..'."
+        ) from error
 
 
 def check_token(token: str | None) -> str:

@@ -10,11 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from safetensors import SafetensorError
+
 from hf_delta.adapters.export import export_lora
 from hf_delta.adapters.export.lora import check_exportable
 from hf_delta.errors import InputError
 from hf_delta.recipe import Recipe
 from hf_delta.run.console import announce
+from hf_delta.run.directory import read_manifest
 from hf_delta.run.hub import check_id, check_token, ready_repository, upload
 from hf_delta.run.paths import is_local
 from hf_delta.run.result import Result, check_weights, read_result
@@ -80,7 +83,7 @@ def check_base(base: str | None, base_model_id: str | None, where: str) -> None:
         `InputError`: the base model is a local directory and nobody said what it is called on the Hub, or that is no id.
     """
     if base_model_id is not None:
-        if is_local(base_model_id):
+        if base_model_id and is_local(base_model_id) and "://" not in base_model_id:
             raise InputError(
                 f"base_model_id: {base_model_id} is a path here; write the id of the base model on the Hub."
             )
@@ -129,18 +132,21 @@ def publish(result: Result, destination: Destination) -> str:
     """
     check_weights(result)
     base = destination.base_model_id or (None if result.base_is_local else result.base)
-    with _lora_copy(result, base, destination.lora) as (copied, error):
-        files = {**shareable(result, destination.repo, base, error), **copied}
-        check_nothing_private(files, result, destination.token)
-        what = "adapter" if result.adapter is not None else "model"
-        announce(f"Pushing {len(files)} files to {destination.repo}")
-        return upload(
-            destination.repo,
-            files,
-            token=destination.token,
-            revision=destination.revision,
-            message=f"Upload {what} with hf_delta",
-        )
+    what = "adapter" if result.adapter is not None else "model"
+    try:
+        with _lora_copy(result, base, destination.lora) as (copied, error):
+            files = {**shareable(result, destination.repo, base, error), **copied}
+            check_nothing_private(files, result, destination.token)
+            announce(f"Pushing {len(files)} files to {destination.repo}")
+            return upload(
+                destination.repo,
+                files,
+                token=destination.token,
+                revision=destination.revision,
+                message=f"Upload {what} with hf_delta",
+            )
+    except (OSError, SafetensorError) as error:  # a full disk, a file that went away
+        raise InputError(f"{result.folder} cannot be made ready for the Hub ({error}).") from error
 
 
 @contextmanager
@@ -173,13 +179,23 @@ def publish_run(folder: Path, destination: Destination, trained_in: Path | None 
         check_token(destination.token)
         url = publish(read_result(folder, trained_in), ready(destination))
     except InputError as error:
-        command = f"hf-delta push {shlex.quote(str(folder))} --repo {destination.repo}"
-        if destination.base_model_id is not None:
-            command += f" --base_model_id {destination.base_model_id}"
+        command = _command(folder, destination, trained_in)
         raise InputError(
             f"{error} The result is safe in {folder}. Push it without doing anything again: {command}"
         ) from error
     announce(f"Pushed: {url}")
+
+
+def _command(folder: Path, to: Destination, trained_in: Path | None) -> str:
+    """The command that uploads what could not be uploaded; what a run knows itself is not said again."""
+    words = ["hf-delta", "push", str(folder), "--repo", to.repo]
+    if to.base_model_id is not None:
+        words += ["--base_model_id", to.base_model_id]
+    if trained_in is not None:
+        words += ["--run", str(trained_in)] if read_manifest(trained_in) else []
+        words += ["--private"] if to.private else []
+        words += ["--revision", to.revision] if to.revision is not None else []
+    return shlex.join(words)
 
 
 def push(arguments: argparse.Namespace) -> None:
@@ -188,7 +204,9 @@ def push(arguments: argparse.Namespace) -> None:
     Raises:
         `InputError`: as [`publish`], or the directory holds no result.
     """
-    result = read_result(arguments.directory)
+    if arguments.run is not None and read_manifest(Path(arguments.run)) is None:
+        raise InputError(f"--run: {arguments.run} is no directory of a run: it holds no run.json.")
+    result = read_result(arguments.directory, arguments.run)
     check_weights(result)
     destination = destination_of_command(arguments, result)
     if destination.lora:
@@ -221,6 +239,7 @@ def destination_of_export(arguments: argparse.Namespace) -> Destination | None:
                 raise InputError(f"--{option} needs --push_to_hub.")
         return None
     source = read_result(arguments.adapter)
+    check_weights(source)
     if arguments.base_model_id is None and arguments.base is not None and not is_local(arguments.base):
         arguments.base_model_id = arguments.base
     destination = _destination(arguments, source, arguments.push_to_hub, lora=False)
@@ -242,4 +261,9 @@ def _destination(arguments: argparse.Namespace, result: Result, repo: str, lora:
 def _config_of(result: Result) -> Any:
     from peft import PeftConfig
 
-    return None if result.adapter is None else PeftConfig.from_pretrained(str(result.folder))
+    try:
+        return None if result.adapter is None else PeftConfig.from_pretrained(str(result.folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(
+            f"{result.folder / 'adapter_config.json'} is no configuration that PEFT or hf_delta knows ({error})."
+        ) from error

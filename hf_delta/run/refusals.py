@@ -9,6 +9,7 @@ from peft import NoMatchingPeftModuleError
 from safetensors import SafetensorError
 
 from hf_delta.errors import InputError
+from hf_delta.recipe.launch import of_launches
 from hf_delta.run.fits import NO_TEMPLATE
 
 
@@ -48,7 +49,7 @@ def refusal(error: Exception, source: str) -> InputError:
         return InputError(f"{source}: the chat template of the tokenizer fails: {said.rstrip('.')}. {where}")
     # A ValueError is meant to be read; of the others the kind says more than the words.
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-    return InputError(f"{source}: {kind}{said}")
+    return InputError(f"{source}: {kind}{of_launches(said)}")
 
 
 def _in_template(error: BaseException) -> bool:

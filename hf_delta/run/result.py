@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from hf_delta.errors import InputError
 from hf_delta.run.directory import read_manifest
 from hf_delta.run.evaluation import REPORT
@@ -76,13 +78,19 @@ def read_result(folder: str | Path, run: str | Path | None = None) -> Result:
     """
     folder = Path(folder)
     run = folder if run is None else Path(run)
+    adapter = _read_json(folder / "adapter_config.json")
+    for key in ("base_model_name_or_path", "peft_type"):
+        if not isinstance((adapter or {}).get(key), (str, type(None))):
+            raise InputError(
+                f"{folder / 'adapter_config.json'} is damaged: {key} is {adapter[key]!r}, and must be text."
+            )
     manifest, report = read_manifest(run) or {}, run / REPORT
     # A run that was resumed without an evaluation keeps the report of the one before.
     evaluated = report.is_file() and manifest.get("values", {}).get("evaluate_pass_at") is not None
     return Result(
         folder=folder,
         manifest=manifest,
-        adapter=_read_json(folder / "adapter_config.json"),
+        adapter=adapter,
         report=report.read_text(encoding="utf-8").strip() if evaluated else None,
         steps=(_read_json(run / "trainer_state.json") or {}).get("global_step"),
     )
@@ -91,7 +99,7 @@ def read_result(folder: str | Path, run: str | Path | None = None) -> Result:
 def check_weights(result: Result) -> None:
     """
     Raises:
-        `InputError`: the directory has no weights in safetensors files.
+        `InputError`: the directory has no weights in safetensors files, or one is cut short.
     """
     folder = result.folder
     if not folder.is_dir():
@@ -99,8 +107,15 @@ def check_weights(result: Result) -> None:
     if result.adapter is None and not (folder / "config.json").is_file():
         raise InputError(f"{folder} holds no adapter_config.json and no config.json: there is no result in it.")
     pattern = "model*.safetensors" if result.adapter is None else "adapter_model*.safetensors"
-    if not any(folder.glob(pattern)):
+    files = sorted(folder.glob(pattern))
+    if not files:
         raise InputError(f"{folder} holds no {pattern}: there are no weights in it that could be shared.")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{file} cannot be read ({error}): it is cut short or damaged.") from error
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

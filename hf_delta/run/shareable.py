@@ -133,7 +133,8 @@ def _renamed(text: str, result: Result, repo: str, base: str | None) -> str:
     known = {path: Path(path).name for path in result.manifest.get("local_paths", [])}
     known |= {folder: repo for folder in (str(result.folder.resolve()), result.manifest.get("output_dir")) if folder}
     if base is not None and result.base_is_local:
-        known |= {name: base for name in (result.base, os.path.abspath(result.base)) if len(name) > 1}
+        names = (result.base, os.path.abspath(result.base), result.values.get("model_name_or_path"))
+        known |= {name: base for name in names if isinstance(name, str) and len(name) > 1}
     for name in sorted(known, key=len, reverse=True):
         text = re.sub(rf"{re.escape(name)}(?![\w-])", known[name], text)
     return text

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Case:
         says (`str`): The line on stderr without `error: `; `…` stands for any text.
         files (`dict[str, Any]`): What is written first, see [`write`].
         unprivileged (`bool`): Whether it takes a user who is not root.
+        slow (`bool`): Whether it is tried in the slow tier only, because a row of the fast tier takes the same way.
     """
 
     id: str
@@ -36,6 +37,13 @@ class Case:
     says: str
     files: Mapping[str, Any] = field(default_factory=dict)
     unprivileged: bool = False
+    slow: bool = False
+
+
+def slow(cases: Sequence[Case], but: Sequence[str] = ()) -> list[Case]:
+    """Rows for the slow tier, but for those named, which stand for all of them in the fast one."""
+    assert set(but) <= {case.id for case in cases}
+    return [replace(case, slow=case.id not in but) for case in cases]
 
 
 def write(folder: Path, files: Mapping[str, Any], world: Any) -> None:

@@ -1,11 +1,12 @@
 """Bad checkpoints and output directories: cut off, damaged, of another method or format, or of somebody else."""
 
 import json
+import shutil
 
 from safetensors.torch import load_file, save_file
 
 from hf_delta.checkpoint import STATE_FILE
-from tests.bad_inputs.case import Case, copied, recipe, run
+from tests.bad_inputs.case import Case, copied, recipe, run, slow
 from tests.bad_inputs.models import cut
 from tests.bad_inputs.world import RUNS
 from tests.running import LORA
@@ -139,7 +140,7 @@ RESUMING = [
         "model-as-checkpoint",
         "sft",
         "a model as checkpoint",
-        "resume_from_checkpoint: playground/model was not written to its end; take an earlier one.",
+        "resume_from_checkpoint: playground/model is no checkpoint; name a checkpoint-<step> of a run, or write true.",
         checkpoint="playground/model",
     ),
     resumed(
@@ -562,7 +563,7 @@ DIRECTORIES = [
         "output-holds-a-run",
         "sft",
         {},
-        "output_dir: out holds another run. Go on with it: --resume_from_checkpoint true. Keep it: --output_dir <another directory>. Delete it: --overwrite_output_dir true.",
+        "output_dir: out holds another run. Go on with it: --resume. Keep it: --output_dir <another directory>. Delete it: --overwrite_output_dir true.",
         given="`output_dir` holds another run",
         files={"out": copied("sft_run")},
     ),
@@ -626,4 +627,111 @@ DIRECTORIES = [
     ),
 ]
 
-CASES = [*RESUMING, *OTHER_METHODS, *DIRECTORIES]
+
+def half_a_run(path, world):
+    """One checkpoint that was not written to its end, and no `run.json`."""
+    shutil.copytree(world.sft_run / "checkpoint-2", path / "checkpoint-2")
+    (path / "checkpoint-2" / "trainer_state.json").unlink()
+
+
+RESUMES = [
+    *(
+        run(
+            "resume-of-what-is-no-run",
+            trainer,
+            {},
+            "output_dir: out holds no run to resume (chapter-1). Choose another output_dir.",
+            "--resume",
+            given="`--resume`, and `output_dir` holds something else",
+            files={"out": thesis},
+        )
+        for trainer in ("sft", "dpo", "grpo")
+    ),
+    run("resume-typo", "sft", {}, "--resum: unknown key 'resum'; did you mean 'resume'?", "--resum"),
+    run(
+        "resume-of-two",
+        "sft",
+        {},
+        "--resume_from_checkpoint: resume_from_checkpoint must be true or false or text or null, got the list ['checkpoint-1', 'checkpoint-2'].",
+        "--resume",
+        "checkpoint-1",
+        "checkpoint-2",
+    ),
+    run(
+        "resume-by-number",
+        "sft",
+        {},
+        "resume_from_checkpoint: 2 does not exist; name a checkpoint-<step> of a run, or write true.",
+        "--resume",
+        "2",
+        given="`--resume 2`",
+        files={"out": copied("sft_run")},
+    ),
+    run(
+        "resume-of-the-playground",
+        "sft",
+        {},
+        "resume_from_checkpoint: playground is no checkpoint; name a checkpoint-<step> of a run, or write true.",
+        "--resume",
+        "playground",
+    ),
+    run(
+        "resume-of-a-file",
+        "sft",
+        {},
+        "output_dir: out cannot be written: out is no directory that you may write to.",
+        "--resume",
+        given="`--resume`, and `output_dir` is a file",
+        files={"out": "mine"},
+    ),
+    run(
+        "resume-and-overwrite-flags",
+        "sft",
+        {},
+        "resume_from_checkpoint and overwrite_output_dir exclude each other.",
+        "--resume",
+        "--overwrite_output_dir",
+        given="`--resume --overwrite_output_dir`",
+        files={"out": copied("sft_run")},
+    ),
+    run(
+        "resume-false",
+        "sft",
+        {},
+        "output_dir: out holds another run. Go on with it: --resume. Keep it: --output_dir <another directory>. Delete it: --overwrite_output_dir true.",
+        "--resume",
+        "false",
+        given="`--resume false`, and `output_dir` holds a run",
+        files={"out": copied("sft_run")},
+    ),
+    run(
+        "resume-of-half-a-checkpoint",
+        "sft",
+        {},
+        "output_dir: out holds no run to resume (checkpoint-2). Choose another output_dir.",
+        "--resume",
+        given="`--resume`, and `output_dir` holds half a checkpoint and no `run.json`",
+        files={"out": half_a_run},
+    ),
+    run(
+        "resume-of-a-finished-run-of-another-trainer",
+        "dpo",
+        {},
+        "out/run.json belongs to another method: trainer is 'sft' there and 'dpo' here. Resume with the recipe that wrote it, or start in another output_dir.",
+        "--resume",
+        given="`--resume`, and `output_dir` holds a finished run of sft",
+        files={"out": copied("finished_run")},
+    ),
+    run(
+        "finished-run-again-with-other-keys",
+        "sft",
+        {"peft_config": LORA, "learning_rate": 0.5},
+        "output_dir: out holds another run. Go on with it: --resume. Keep it: --output_dir <another directory>. Delete it: --overwrite_output_dir true.",
+        given="the recipe of a finished run with another `learning_rate`",
+        files={"out": copied("finished_run")},
+    ),
+]
+
+# Those of DPO and GRPO take a run to resume from, and are tried in `test_dpo_resume.py` and `tests/rl/test_resume.py` too.
+RESUMING = slow(RESUMING, but=[case.id for case in RESUMING if case.id.startswith("sft-")])
+OTHER_METHODS = slow(OTHER_METHODS, but=[case.id for case in OTHER_METHODS if case.id.startswith("sft-")])

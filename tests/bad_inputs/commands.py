@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.bad_inputs.case import command, copied
+from tests.bad_inputs.case import command, copied, slow
 from tests.bad_inputs.models import cut
 
 
@@ -882,7 +882,8 @@ PAIRS_CASES = [
     ),
 ]
 
-CASES = [*WORDS, *EVALUATIONS, *PLOTS, *EXPORTS, *PAIRS_CASES]
+_LOADING = {"pairs-foreign-partial", "pairs-damaged-partial", "pairs-no-template"}
+PAIRS_CASES = slow(PAIRS_CASES, but=[case.id for case in PAIRS_CASES if case.id not in _LOADING])
 
 
 def plain(path, world):

@@ -637,5 +637,3 @@ UNREADABLE = [
         unprivileged=True,
     ),
 ]
-
-CASES = [*FILES, *COLUMNS_AND_ROWS, *UNREADABLE]

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from tests.bad_inputs import checkpoints, commands, data, models, recipes, rewards
+from tests.bad_inputs import checkpoints, commands, data, dry_runs, hub, models, recipes, rewards
 from tests.bad_inputs.case import Case
 
 
@@ -26,11 +26,16 @@ TABLE: dict[str, list[Case]] = {
     "Damaged checkpoints": checkpoints.RESUMING,
     "Checkpoints of other methods": checkpoints.OTHER_METHODS,
     "Output directories": checkpoints.DIRECTORIES,
+    "Runs that go on": checkpoints.RESUMES,
+    "Dry runs": dry_runs.PLANS,
+    "Launches": dry_runs.LAUNCHES,
+    "Keys of the Hub": hub.KEYS,
     "Command lines": commands.WORDS,
     "`hf-delta eval`": commands.EVALUATIONS,
     "`hf-delta plot`": commands.PLOTS,
     "`hf-delta export`": commands.EXPORTS,
     "`hf-delta pairs`": commands.PAIRS_CASES,
+    "`hf-delta push`, and `hf-delta export --push_to_hub`": hub.PUSHES,
 }
 
 _HEAD = """# What goes wrong, and what is said

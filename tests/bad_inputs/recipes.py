@@ -1265,5 +1265,3 @@ FLAGS = [
         "fast",
     ),
 ]
-
-CASES = [*FILE, *KEYS, *TYPES, *NUMBERS, *PEFT, *TOGETHER, *FLAGS]

@@ -1,6 +1,6 @@
 """Bad reward functions: what cannot be imported or called, and what returns no rewards."""
 
-from tests.bad_inputs.case import run
+from tests.bad_inputs.case import run, slow
 from tests.bad_inputs.recipes import TWO_PROMPTS
 
 
@@ -366,4 +366,6 @@ RULES = [
     ),
 ]
 
-CASES = [*NAMES, *RETURNS, *RULES]
+# Each takes a step of training.
+RETURNS = slow(RETURNS, but=["grpo-raises", "grpo-too-few", "grpo-nan", "grpo-judge-raises"])
+RULES = slow(RULES, but=["grpo-transform-that-raises", "dpo-token-rule-that-raises"])

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ class Outcome:
 
     Args:
         status (`int`): Exit status.
-        error (`str`, *optional*): The line that begins with `error: `, without that; `None` if there is not exactly one.
+        error (`str`, *optional*): The last line, without the `error: ` that it begins with; `None` if another line begins so
+            too, or the last one does not.
         stderr (`str`): All that was said.
         changed (`list[str]`): What appeared, disappeared or was changed below the directory.
     """
@@ -37,7 +39,7 @@ def outcome(folder: Path, case: Case, world: World) -> Outcome:
     write(folder, case.files, world)
     if case.unprivileged:
         folder.chmod(0o777)
-    before = {**tree(folder), **tree(world.playground)}
+    before = _trees(folder, world)
     said = io.StringIO()
     with _inside(folder), contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         with _nobody() if case.unprivileged else contextlib.nullcontext():
@@ -45,11 +47,12 @@ def outcome(folder: Path, case: Case, world: World) -> Outcome:
                 status = main(list(case.argv))
             except SystemExit as end:
                 status = end.code
-    after = {**tree(folder), **tree(world.playground)}
+    after = _trees(folder, world)
     stderr = said.getvalue()
-    errors = [line.removeprefix("error: ") for line in stderr.splitlines() if line.startswith("error: ")]
+    lines = stderr.splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     error = None
-    if len(errors) == 1:
+    if len(errors) == 1 and lines[-1] == f"error: {errors[0]}":
         error = (
             errors[0]
             .replace(str(world.playground.resolve()), "playground")
@@ -61,12 +64,23 @@ def outcome(folder: Path, case: Case, world: World) -> Outcome:
     )
 
 
-def tree(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of the last change of every file below a directory; of directories, that they are there."""
+def _trees(folder: Path, world: World) -> dict[str, tuple]:
+    # All rows share the playground, which is too large to be read for each.
+    return {**tree(folder), **tree(world.playground, bytes_too=False)}
+
+
+def tree(folder: Path, bytes_too: bool = True) -> dict[str, tuple]:
+    """Mode, time of the last change and bytes of every file below a directory; of others what they are, and where links lead."""
     found = {}
     for path in folder.rglob("*"):
         stat = path.lstat()
-        found[str(path)] = (0, 0) if path.is_dir() else (stat.st_size, stat.st_mtime_ns)
+        if path.is_symlink():
+            found[str(path)] = ("link", os.readlink(path))
+        elif path.is_file():
+            content = zlib.crc32(path.read_bytes()) if bytes_too and os.access(path, os.R_OK) else stat.st_size
+            found[str(path)] = (stat.st_mode, stat.st_mtime_ns, content)
+        else:
+            found[str(path)] = (stat.st_mode,)
     return found
 
 

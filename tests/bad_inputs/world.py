@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerState
 
 import hf_delta.train
 from hf_delta.recipe import load_recipe
-from hf_delta.run.directory import write_manifest
+from hf_delta.run.directory import finish_manifest, write_manifest
 from tests.bad_inputs.case import recipe, write
 from tests.running import LORA
 
@@ -64,6 +64,15 @@ class World:
         for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
             torch.save({"step": torch.tensor(2)}, path / "checkpoint-2" / name)
         TrainerState(global_step=2, max_steps=2).save_to_json(str(path / "checkpoint-2" / "trainer_state.json"))
+        return path
+
+    @cached_property
+    def finished_run(self) -> Path:
+        """As a run leaves it that came to its end."""
+        path = shutil.copytree(self.sft_run, self.folder / "finished_run")
+        shutil.copytree(self.adapter, path, dirs_exist_ok=True)
+        shutil.copy(path / "checkpoint-2" / "trainer_state.json", path)
+        finish_manifest(path)
         return path
 
     @cached_property
