@@ -68,7 +68,11 @@ def nasty(here):
         "reward_funcs": [
             {"rewards.judge": {"path": f"{work}/rubric.json", "api_key": "k" * 9, "token": OTHER, "n": 3}}
         ],
-        "token_weights_kwargs": {"positive": "../models of mallory/good", "negative": "~mallory/models/bad"},
+        "token_weights_kwargs": {
+            "positive": "../models of mallory/good",
+            "negative": "~mallory/models/bad",
+            "third": "mallory-models/third",
+        },
         "advantage_transform_kwargs": [
             {"file": "file:///home/mallory/x.json"},
             {"file": "\\\\nas-of-mallory\\share\\y"},
@@ -98,7 +102,7 @@ def planted_run(here, playground):
     values = nasty(here)
     method = {"trainer": "grpo", "loss_type": "dapo", "model_name_or_path": str(here / "models of mallory" / "base")}
     method["advantage_transform_kwargs"] = values["advantage_transform_kwargs"]
-    local = [values["model_name_or_path"], values["token_weights_kwargs"]["positive"], "../models of mallory"]
+    local = [values["model_name_or_path"], "../models of mallory", "mallory-models/third"]
     manifest = {"format_version": 1, "hf_delta": "1", "recipe": str(here / "my recipe.yaml"), "values": values}
     manifest |= {"method": method, "papers": [], "base_commit": None, "local_paths": local, "world_size": 1}
     manifest |= {"output_dir": str(real), "resumed_from": f"{real}/checkpoint-2", "versions": {"torch": "2"}}
@@ -123,7 +127,7 @@ def test_a_recipe_full_of_them_is_pushed_without(hub, here, playground):
     assert values["train_file"] == ["train.jsonl", "more rows.jsonl"] and values["eval_file"] == "held out.jsonl"
     assert values["learning_rate"] == 0.5 and values["dataset_columns"] == {"prompt": "question"}
     assert values["reward_funcs"] == [{"rewards.judge": {"path": "rubric.json", "n": 3}}]
-    assert values["token_weights_kwargs"] == {"positive": "good", "negative": "bad"}
+    assert values["token_weights_kwargs"] == {"positive": "good", "negative": "bad", "third": "third"}
     assert values["optim_args"] == "table=table.json,eps=1e-8"
     assert values["system_prompt"] == "Notes are in a.txt, and 1/2 is a half. /no_think"
     assert values["model_init_kwargs"] == {"cache_dir": "cache", "device_map": "auto"}

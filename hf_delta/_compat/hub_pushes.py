@@ -31,8 +31,8 @@ SEAMS: dict[str, tuple[str, ...]] = {
 class SharedPushes(Trainer):
     """Mixin that stands before the trainer among the bases: it uploads weights, configuration, tokenizer and card, and no more.
 
-    transformers uploads everything in `output_dir`, with `training_args.bin` (which holds the token and the name of the host)
-    and what else lies there, and with `hub_strategy` `checkpoint` or `all_checkpoints` optimizer and random states.
+    transformers uploads everything in `output_dir`, with `training_args.bin`, which holds the token, and TensorBoard's files,
+    which are named after the host; and with `hub_strategy` `checkpoint` or `all_checkpoints` optimizer and random states.
     """
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
