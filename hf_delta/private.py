@@ -75,6 +75,20 @@ def shared(value: Any, local: Iterable[str] = (), sentences: bool = True) -> Any
     return _shared(value, set(local), sentences, secrets()[::-1])
 
 
+def without_secrets(value: Any) -> Any:
+    """Values of a recipe without keys of secrets and machines and without tokens in texts; paths stay."""
+    return _shared(value, None, False, secrets()[::-1])
+
+
+def replaced(value: Any, local: Iterable[str] = ()) -> dict[str, str]:
+    """The texts among values that [`shared`] changes, and what it makes of them."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    found = {text: new for part in parts for text, new in replaced(part, local).items()}
+    if isinstance(value, str) and (new := shared(value, local)) != value:
+        found[value] = new
+    return found
+
+
 def _shared(value: Any, *how: Any) -> Any:
     if isinstance(value, dict):
         return {_shared(key, *how): _shared(item, *how) for key, item in value.items() if not _hidden(key)}
@@ -83,7 +97,7 @@ def _shared(value: Any, *how: Any) -> Any:
     local, sentences, tokens = how
     if not isinstance(value, str):
         return value
-    if value in local or _PATH.fullmatch(value):
+    if local is not None and (value in local or _PATH.fullmatch(value)):
         return name_of(value)
     text = _URL_USER.sub("", _TOKEN.sub("***", value))
     for token in tokens:

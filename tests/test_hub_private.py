@@ -17,6 +17,8 @@ from hf_delta import private
 from hf_delta.cli import main
 from hf_delta.errors import InputError
 from hf_delta.public import check_files
+from hf_delta.run.card import write_card
+from hf_delta.run.result import read_result
 from tests.hub_server import TOKEN
 from tests.running import keys, train
 
@@ -50,6 +52,7 @@ def secrets(here):
 def assert_clean(hub, here):
     sent = hub.uploaded()
     assert len(sent) > 10_000
+    assert b"k" * 9 not in sent and b"vllm_server" not in sent
     for secret in secrets(here):
         assert secret.encode() not in sent, secret
         assert not any(secret in line or secret in agent for line, _, agent in hub.requests), secret
@@ -142,9 +145,14 @@ def test_a_recipe_full_of_them_is_pushed_without(hub, here, playground):
 
 def test_an_edited_card_gets_the_names_of_the_hub(hub, here, playground):
     run = planted_run(here, playground)
+    # With the recipe in it, of an adapter's card as it lies on the disk.
+    own = (run / "README.md").read_text()
+    (run / "README.md").write_text(f"{own}\n{write_card(read_result(run)).read_text().partition('The recipe:')[2]}")
     assert main(["push", str(run), "--repo", "me/it", "--base_model_id", "me/base"]) == 0
     assert_clean(hub, here)
-    assert "Trained in me/it on me/base." in hub.repos["me/it"].files["README.md"].decode()
+    card = hub.repos["me/it"].files["README.md"].decode()
+    assert "Trained in me/it on me/base." in card and "learning_rate: 0.5" in card and "path: rubric.json" in card
+    assert "k" * 9 not in card and "vllm_server" not in card
 
 
 PLACES = {
@@ -158,7 +166,7 @@ PLACES = {
 }
 NEEDLES = {
     "own token": (TOKEN, "holds a token"),
-    "token of somebody else": (OTHER, "holds a token"),
+    "token of somebody else": ("hf_" + "Strange" * 5, "holds a token"),
     "token of a variable": (WANDB, "holds a token"),
     "home": ("{here}/home/mallory/x", "holds the local path"),
     "working directory": ("{here}/work of mallory", "holds the local path"),
