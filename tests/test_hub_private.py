@@ -1,6 +1,7 @@
 """What is nobody's business is planted wherever a run can carry it, and searched for in every byte that is pushed."""
 
 import json
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -218,11 +219,18 @@ def test_adapters_do_not_carry_paths_in_nested_fields(hub, here, playground):
         ("<think></think> and/or 1/2 km/h", "<think></think> and/or 1/2 km/h"),
         ("https://example.org/a/b", "https://example.org/a/b"),
         ("https://me:pw@example.org/a", "https://example.org/a"),
+        ("https://me:pw@example.org:80/a", "https://example.org:80/a"),
         ("~/a b/c", "c"),
         ("./rows", "rows"),
         ("D:/rows/x", "x"),
         ("/data/my models/base/", "base"),
         ("see /data/models/base now", "see base now"),
+        ("mallory@node-17:/data/x/y", "y"),
+        ("ssh://mallory@node-17:22/data/x", "x"),
+        ("\\\\?\\C:\\Users\\mallory\\x", "x"),
+        ("http://node-17:8000/v1 or https://10.0.0.3/v1", "http://…:8000/v1 or https://…/v1"),
+        (f"-I{os.path.expanduser('~')}/include", "-Iinclude"),
+        ("/home/mallory/x\n/home/mallory/y", "x\ny"),
     ],
 )
 def test_texts_that_are_no_paths_stay(text, expected):
