@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -268,6 +269,8 @@ def test_whole_runs_carry_nothing(hub, here, playground, kind):
     assert_clean(hub, here)
     files = hub.repos["me/it"].files
     assert not [name for name in files if "checkpoint" in name or name.endswith((".bin", ".pt", ".pth", ".jsonl"))]
+    cited = set(re.findall(r"huggingface.co/papers/([\d.]+)", files["README.md"].decode()))
+    assert cited == {"sft": set(), "dpo": {"2410.05102", "2501.12067"}, "grpo": {"2402.03300", "2409.16722"}}[kind]
     if kind == "dpo":
         exported = [
             "export",
