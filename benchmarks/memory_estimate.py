@@ -11,8 +11,8 @@ Each case is planned and then trained for two steps by the trainer that the reci
   the case where that is the playground's, and has let it go: what Python, the data set and the libraries take is there
   already, and what is counted is what this training takes.
 
-`--out` gets `memory_estimate.json` and `memory_estimate.png`, and the table in its `dry_run.md` is replaced. Linux only; the
-variables make glibc give back what is freed.
+`--out` gets `memory_estimate.json` and `memory_estimate.png`, and the table in its `dry_run.md` is replaced; with `--only` the
+other rows stay. Linux only; the variables make glibc give back what is freed.
 """
 
 import argparse
@@ -177,12 +177,19 @@ def main(arguments=None):
         f"torch {torch.__version__}, CPU, one thread, {args.steps} steps; * is beyond {TOLERANCE:.0%}\n\n{table(rows)}"
     )
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "memory_estimate.json").write_text(
-            json.dumps({"steps": args.steps, "rows": rows}, indent=1) + "\n"
-        )
-        draw(rows, args.out / "memory_estimate.png")
-        into_page(rows, args.out / "dry_run.md")
+        write(rows, args.out)
+
+
+def write(rows, out):
+    """Figures, picture and table; those of cases that were not measured now stay as they were."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "memory_estimate.json"
+    known = json.loads(path.read_text()) if path.exists() else []
+    found = {row["case"]: row for row in [*known, *rows]}
+    rows = [found[name] for name in CASES if name in found]
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+    draw(rows, out / "memory_estimate.png")
+    into_page(rows, out / "dry_run.md")
 
 
 if __name__ == "__main__":

@@ -72,7 +72,33 @@ def test_peaks_by_hand():
     )
 
 
-@pytest.mark.parametrize(("name", "bytes_"), [("adamw_torch", 80), ("adamw_bnb_8bit", 20), ("sgd", 0), ("adafactor", 0), ("paged_adamw_8bit", 20), ("another", 80)])  # fmt: skip
+# Bytes of the states of ten values in float32.
+STATES = {
+    "adamw_torch": 80,
+    "adamw_torch_fused": 80,
+    "adamw_torch_8bit": 20,
+    "adamw_torch_4bit": 10,
+    "adamw_bnb_8bit": 20,
+    "paged_adamw_8bit": 20,
+    "paged_adamw_32bit": 80,
+    "ademamix": 120,
+    "ademamix_8bit": 30,
+    "paged_ademamix_32bit": 120,
+    "paged_ademamix_8bit": 30,
+    "lion_32bit": 40,
+    "lion_8bit": 10,
+    "paged_lion_32bit": 40,
+    "paged_lion_8bit": 10,
+    "adafactor": 0,
+    "sgd": 0,
+    "adagrad": 40,
+    "rmsprop": 40,
+    "rmsprop_bnb_8bit": 10,
+    "another": 80,
+}
+
+
+@pytest.mark.parametrize(("name", "bytes_"), STATES.items())
 def test_states_of_optimizers(name, bytes_):
     assert state_bytes(name, 10, 4.0) == bytes_
 
