@@ -14,7 +14,7 @@ from hf_delta.run.result import Result
 
 
 TRAINED_BY = {
-    "sft": "supervised fine-tuning (`SFTTrainer` of TRL)",
+    "sft": "supervised fine-tuning (`DeltaSFTTrainer`)",
     "dpo": "DPO (`DeltaDPOTrainer`)",
     "grpo": "GRPO (`DeltaGRPOTrainer`)",
 }
@@ -188,7 +188,10 @@ def _training(result: Result, names: Names) -> str:
     papers = [tuple(paper) for paper in result.manifest.get("papers", [])] + papers_of_adapter(result.adapter)
     if (trained := _exported_from(result)) is not None:
         papers += papers_of_adapter({"peft_type": f"HFD_{trained.upper()}"})
-    linked = [f"[{title}](https://huggingface.co/papers/{number})" for title, number in dict.fromkeys(papers)]
+    linked = [
+        f"[{title}](https://huggingface.co/papers/{number}) (arXiv:{number})"
+        for title, number in dict.fromkeys(papers)
+    ]
     rows = [
         ("Method", _methods(result)),
         ("Papers" if len(linked) > 1 else "Paper", "; ".join(linked)),
