@@ -154,4 +154,6 @@ def load_from_hub(args: DataArguments, split: str) -> Source:
     try:
         return Source(name, load_dataset(args.dataset_name, args.dataset_config, split=split))
     except (ValueError, OSError) as error:
-        raise InputError(f"dataset_name: {name} cannot be loaded: {error}") from error
+        raise InputError(
+            f"dataset_name: {name} cannot be loaded: {error}. Is its name right, and the Hub within reach?"
+        ) from error

@@ -3,14 +3,12 @@
 import functools
 import inspect
 import math
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_delta.errors import InputError
+from hf_delta.errors import InputError, said_by
 
 
 # Our own reward functions, by the name that recipes and commands use; one line each.
@@ -61,16 +59,7 @@ def _is_async(function: Callable) -> bool:
 
 
 def _raised(name: str, error: BaseException) -> InputError:
-    said = ": ".join(filter(None, (type(error).__name__, _words(error))))
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    return InputError(f"The reward function {name!r} raised {said} ({Path(at.filename).name}, line {at.lineno}).")
-
-
-def _words(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception:  # of an exception class that somebody wrote
-        return ""
+    return InputError(f"The reward function {name!r} raised {said_by(error)}.")
 
 
 def _checked(name: str, rewards: Any, kwargs: dict[str, Any]) -> list[float | None]:
