@@ -20,7 +20,10 @@ _KEYS = re.compile(
 _VARIABLES = re.compile(r".*(TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY).*", re.IGNORECASE)
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{30,}\b")
 _URL_USER = re.compile(r"(?<=://)[^\s/@]+@")
-_START = r"(?:file://)?(?:~[\w.-]*/|/|[A-Za-z]:[\\/]|\\\\(?=\w))"
+# Machines of a network of one's own: by a number, by a name without a dot, and as ssh has them.
+_URL_HOST = re.compile(r"(https?://)(?:[\w-]+|\d+(?:\.\d+){3})(?=[:/\s]|$)")
+_REMOTE = re.compile(r"(?:ssh|sftp|scp)://(?:\S*/)?|[\w.-]+@[\w.-]+:(?:\S*/)?")
+_START = r"(?:file://)?(?:~[\w.-]*/|/|[A-Za-z]:[\\/]|\\\\(?=[\w?]))"
 # A whole text that is a path, and one inside of a text, whose directories have no spaces.
 _PATH = re.compile(rf"{_START}[^\n]*\w[^\n]*[\\/][^\n]*|(?:~[\w.-]*|\.\.?|[A-Za-z]:)[\\/][^\n]+")
 _INSIDE = re.compile(r"(?<![\w.~:/<>\\-])(?:file:/+|~[\w.-]*/|/|[A-Za-z]:\\)(?:[^\s\\/:;,'\"()\[\]{}|=<>]+[\\/]+)+")
@@ -75,6 +78,20 @@ def shared(value: Any, local: Iterable[str] = (), sentences: bool = True) -> Any
     return _shared(value, set(local), sentences, secrets()[::-1])
 
 
+def without_secrets(value: Any) -> Any:
+    """Values of a recipe without keys of secrets and machines and without tokens in texts; paths stay."""
+    return _shared(value, None, False, secrets()[::-1])
+
+
+def replaced(value: Any, local: Iterable[str] = ()) -> dict[str, str]:
+    """The texts among values that [`shared`] changes, and what it makes of them."""
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    found = {text: new for part in parts for text, new in replaced(part, local).items()}
+    if isinstance(value, str) and (new := shared(value, local)) != value:
+        found[value] = new
+    return found
+
+
 def _shared(value: Any, *how: Any) -> Any:
     if isinstance(value, dict):
         return {_shared(key, *how): _shared(item, *how) for key, item in value.items() if not _hidden(key)}
@@ -83,12 +100,18 @@ def _shared(value: Any, *how: Any) -> Any:
     local, sentences, tokens = how
     if not isinstance(value, str):
         return value
-    if value in local or _PATH.fullmatch(value):
+    if local is not None and (value in local or _PATH.fullmatch(value)):
         return name_of(value)
-    text = _URL_USER.sub("", _TOKEN.sub("***", value))
+    text = _REMOTE.sub("", _URL_USER.sub("", _TOKEN.sub("***", value)))
+    text = _URL_HOST.sub(r"\1…", text)
     for token in tokens:
         text = text.replace(token, "***")
-    return _INSIDE.sub("", text) if sentences else text
+    if sentences:
+        text = _INSIDE.sub("", text)
+    if local is not None:
+        for home in homes():
+            text = text.replace(home, "")
+    return text
 
 
 def _hidden(key: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -401,3 +402,41 @@ def test_preference_on_the_playground_compares_equal_numbers(monkeypatch, tmp_pa
     monkeypatch.setitem(module.QUICK, "held_out", 3)
     with pytest.raises(SystemExit, match="other settings"):
         module.main(arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+def test_estimates_of_memory_are_near_what_training_takes(playground, tmp_path):
+    """In a process of its own, because it forks; rows of cases that are not measured stay."""
+    import subprocess
+
+    out = tmp_path / "out"
+    out.mkdir()
+    page = (BENCHMARKS.parent / "docs" / "dry_run.md").read_text()
+    (out / "dry_run.md").write_text(page)
+    old = {
+        "case": "100M dpo",
+        "parameters": 7,
+        "rows": 2,
+        "tokens": 3,
+        "estimate": 2**21,
+        "reserved": 0,
+        "resident": 2**20,
+    }
+    (out / "memory_estimate.json").write_text(json.dumps([old]))
+    glibc = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, str(BENCHMARKS / "memory_estimate.py"), "--pretrain-steps", "20", "--out", str(out)]
+    command += ["--playground", str(playground), "--only", "playground grpo bone", "playground sft edora"]
+    found = subprocess.run(command, env={**os.environ, **glibc}, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    rows = json.loads((out / "memory_estimate.json").read_text())
+    assert [row["case"] for row in rows] == ["playground sft edora", "playground grpo bone", "100M dpo"]
+    for row in rows[:2]:
+        assert row["estimate"] + row["reserved"] == pytest.approx(row["allocated"], rel=0.02)
+        assert row["estimate"] == pytest.approx(row["resident"], rel=0.2)
+    assert (out / "memory_estimate.png").stat().st_size > 10_000
+    lines = (out / "dry_run.md").read_text().splitlines()
+    assert r"| 100M dpo | 7 | 2 x 3 | 2 |  |  | 1 | +100% \* |" in lines
+    assert len([line for line in lines if line.startswith(("| playground", "| 100M"))]) == 3
+    outside = [[line for line in text if not line.startswith("| ")] for text in (lines, page.splitlines())]
+    assert outside[0] == outside[1]

@@ -140,6 +140,10 @@ def test_the_card_says_what_the_adapter_is(hub, finished):
     for said in ("import hf_delta", 'AutoPeftModelForCausalLM.from_pretrained("me/it")', "papers/2409.16722"):
         assert said in card
     for said in (
+        "| Method | supervised fine-tuning (`DeltaSFTTrainer`), `loss_type: nll`, PMSS adapter of rank 4 |",
+        "| Optimizer steps | 2 |",
+        "| Paper | [PMSS: Pretrained Matrices Skeleton Selection for LLM Fine-tuning]",
+        "(arXiv:2409.16722)",
         "[me/base](https://huggingface.co/me/base)",
         "`sft.jsonl`",
         f"torch {torch.__version__}",

@@ -1,6 +1,8 @@
 """What is nobody's business is planted wherever a run can carry it, and searched for in every byte that is pushed."""
 
 import json
+import os
+import re
 import shutil
 import socket
 from pathlib import Path
@@ -17,6 +19,8 @@ from hf_delta import private
 from hf_delta.cli import main
 from hf_delta.errors import InputError
 from hf_delta.public import check_files
+from hf_delta.run.card import write_card
+from hf_delta.run.result import read_result
 from tests.hub_server import TOKEN
 from tests.running import keys, train
 
@@ -50,6 +54,7 @@ def secrets(here):
 def assert_clean(hub, here):
     sent = hub.uploaded()
     assert len(sent) > 10_000
+    assert b"k" * 9 not in sent and b"vllm_server" not in sent
     for secret in secrets(here):
         assert secret.encode() not in sent, secret
         assert not any(secret in line or secret in agent for line, _, agent in hub.requests), secret
@@ -68,7 +73,11 @@ def nasty(here):
         "reward_funcs": [
             {"rewards.judge": {"path": f"{work}/rubric.json", "api_key": "k" * 9, "token": OTHER, "n": 3}}
         ],
-        "token_weights_kwargs": {"positive": "../models of mallory/good", "negative": "~mallory/models/bad"},
+        "token_weights_kwargs": {
+            "positive": "../models of mallory/good",
+            "negative": "~mallory/models/bad",
+            "third": "mallory-models/third",
+        },
         "advantage_transform_kwargs": [
             {"file": "file:///home/mallory/x.json"},
             {"file": "\\\\nas-of-mallory\\share\\y"},
@@ -98,7 +107,7 @@ def planted_run(here, playground):
     values = nasty(here)
     method = {"trainer": "grpo", "loss_type": "dapo", "model_name_or_path": str(here / "models of mallory" / "base")}
     method["advantage_transform_kwargs"] = values["advantage_transform_kwargs"]
-    local = [values["model_name_or_path"], values["token_weights_kwargs"]["positive"], "../models of mallory"]
+    local = [values["model_name_or_path"], "../models of mallory", "mallory-models/third"]
     manifest = {"format_version": 1, "hf_delta": "1", "recipe": str(here / "my recipe.yaml"), "values": values}
     manifest |= {"method": method, "papers": [], "base_commit": None, "local_paths": local, "world_size": 1}
     manifest |= {"output_dir": str(real), "resumed_from": f"{real}/checkpoint-2", "versions": {"torch": "2"}}
@@ -123,7 +132,7 @@ def test_a_recipe_full_of_them_is_pushed_without(hub, here, playground):
     assert values["train_file"] == ["train.jsonl", "more rows.jsonl"] and values["eval_file"] == "held out.jsonl"
     assert values["learning_rate"] == 0.5 and values["dataset_columns"] == {"prompt": "question"}
     assert values["reward_funcs"] == [{"rewards.judge": {"path": "rubric.json", "n": 3}}]
-    assert values["token_weights_kwargs"] == {"positive": "good", "negative": "bad"}
+    assert values["token_weights_kwargs"] == {"positive": "good", "negative": "bad", "third": "third"}
     assert values["optim_args"] == "table=table.json,eps=1e-8"
     assert values["system_prompt"] == "Notes are in a.txt, and 1/2 is a half. /no_think"
     assert values["model_init_kwargs"] == {"cache_dir": "cache", "device_map": "auto"}
@@ -138,9 +147,14 @@ def test_a_recipe_full_of_them_is_pushed_without(hub, here, playground):
 
 def test_an_edited_card_gets_the_names_of_the_hub(hub, here, playground):
     run = planted_run(here, playground)
+    # With the recipe in it, of an adapter's card as it lies on the disk.
+    own = (run / "README.md").read_text()
+    (run / "README.md").write_text(f"{own}\n{write_card(read_result(run)).read_text().partition('The recipe:')[2]}")
     assert main(["push", str(run), "--repo", "me/it", "--base_model_id", "me/base"]) == 0
     assert_clean(hub, here)
-    assert "Trained in me/it on me/base." in hub.repos["me/it"].files["README.md"].decode()
+    card = hub.repos["me/it"].files["README.md"].decode()
+    assert "Trained in me/it on me/base." in card and "learning_rate: 0.5" in card and "path: rubric.json" in card
+    assert "k" * 9 not in card and "vllm_server" not in card
 
 
 PLACES = {
@@ -154,7 +168,7 @@ PLACES = {
 }
 NEEDLES = {
     "own token": (TOKEN, "holds a token"),
-    "token of somebody else": (OTHER, "holds a token"),
+    "token of somebody else": ("hf_" + "Strange" * 5, "holds a token"),
     "token of a variable": (WANDB, "holds a token"),
     "home": ("{here}/home/mallory/x", "holds the local path"),
     "working directory": ("{here}/work of mallory", "holds the local path"),
@@ -206,11 +220,18 @@ def test_adapters_do_not_carry_paths_in_nested_fields(hub, here, playground):
         ("<think></think> and/or 1/2 km/h", "<think></think> and/or 1/2 km/h"),
         ("https://example.org/a/b", "https://example.org/a/b"),
         ("https://me:pw@example.org/a", "https://example.org/a"),
+        ("https://me:pw@example.org:80/a", "https://example.org:80/a"),
         ("~/a b/c", "c"),
         ("./rows", "rows"),
         ("D:/rows/x", "x"),
         ("/data/my models/base/", "base"),
         ("see /data/models/base now", "see base now"),
+        ("mallory@node-17:/data/x/y", "y"),
+        ("ssh://mallory@node-17:22/data/x", "x"),
+        ("\\\\?\\C:\\Users\\mallory\\x", "x"),
+        ("http://node-17:8000/v1 or https://10.0.0.3/v1", "http://…:8000/v1 or https://…/v1"),
+        (f"-I{os.path.expanduser('~')}/include", "-Iinclude"),
+        ("/home/mallory/x\n/home/mallory/y", "x\ny"),
     ],
 )
 def test_texts_that_are_no_paths_stay(text, expected):
@@ -248,6 +269,8 @@ def test_whole_runs_carry_nothing(hub, here, playground, kind):
     assert_clean(hub, here)
     files = hub.repos["me/it"].files
     assert not [name for name in files if "checkpoint" in name or name.endswith((".bin", ".pt", ".pth", ".jsonl"))]
+    cited = set(re.findall(r"huggingface.co/papers/([\d.]+)", files["README.md"].decode()))
+    assert cited == {"sft": set(), "dpo": {"2410.05102", "2501.12067"}, "grpo": {"2402.03300", "2409.16722"}}[kind]
     if kind == "dpo":
         exported = [
             "export",

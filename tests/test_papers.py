@@ -1,6 +1,7 @@
 """Every method stands with its paper, which cards cite: its title and number on arXiv, or `None`, said on purpose."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 from peft import LoraConfig, MissConfig
@@ -11,7 +12,7 @@ from hf_delta.preference import feasible, lists
 from hf_delta.preference.weights import TOKEN_WEIGHTS
 from hf_delta.rl.allocation import ALLOCATION_RULES
 from hf_delta.rl.weights import WEIGHT_RULES
-from hf_delta.run.papers import papers_of_adapter
+from hf_delta.run.papers import papers_of_adapter, papers_of_training
 
 
 METHODS = {
@@ -56,6 +57,16 @@ def check(paper):
 def test_an_adapter_is_cited_by_what_its_files_say(config, number):
     ((_, found),) = papers_of_adapter({**config.to_dict(), "peft_type": config.peft_type.value})
     assert found == number
+
+
+def test_a_run_cites_its_loss_and_its_rules_once():
+    rules = [WEIGHT_RULES["delta_l"], WEIGHT_RULES["prompt_gdro"], lambda batch: batch]
+    curriculum = SimpleNamespace(allocation=ALLOCATION_RULES["rollout_gdro"])
+    trainer = SimpleNamespace(
+        _paper={"title": "GRPO", "id": "2402.03300"}, advantage_transforms=rules, curriculum=curriculum
+    )
+    assert [number for _, number in papers_of_training(trainer)] == ["2402.03300", "2509.07558", "2601.19280"]
+    assert papers_of_training(SimpleNamespace(_paper={})) == []
 
 
 def test_what_has_no_paper_here_has_none():

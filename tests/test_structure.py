@@ -37,7 +37,9 @@ FUNCTIONS = [
     "adapters/bone/additive.py",
     "adapters/bone/bat.py",
     "adapters/pmss/selection.py",
+    "plan/held.py",
     "plan/memory.py",
+    "plan/parts.py",
     "plan/steps.py",
 ]
 # Rooms from the ground up: a module may import from its own floor and from those before it.

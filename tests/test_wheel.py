@@ -48,11 +48,19 @@ def installed(wheel, tmp_path_factory):
 
 def test_the_wheel_holds_recipes_configs_and_the_typing_marker(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    for folder in ("recipes", "accelerate_configs"):
-        for path in (ROOT / folder).rglob("*.yaml"):
-            assert f"hf_delta/{path.relative_to(ROOT).as_posix()}" in names
+    shipped = [*(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "accelerate_configs").glob("*.yaml")]
+    shapes = list((ROOT / "recipes" / "configs").glob("*.json"))
+    assert shapes and {f"hf_delta/{path.relative_to(ROOT).as_posix()}" for path in [*shipped, *shapes]} <= names
     assert "hf_delta/py.typed" in names
     assert not [n for n in names if n.startswith(("tests/", "docs/", "benchmarks/"))]
+
+
+def test_a_recipe_of_the_hub_is_planned_from_the_installed_wheel(installed, tmp_path):
+    command = [sys.executable, "-m", "hf_delta.cli", "run", "sft/sft", "--dry_run", "--accelerate_config", "fsdp2"]
+    plan = run(*command, cwd=tmp_path, PYTHONPATH=str(installed), COLUMNS="200")
+    assert f"shapes from {installed / 'hf_delta' / 'recipes' / 'configs' / 'Qwen--Qwen3-1.7B-Base.json'}" in plan
+    assert f"8 processes, FSDP2 ({installed / 'hf_delta' / 'accelerate_configs' / 'fsdp2.yaml'})" in plan
+    assert "17,432,576 of 1,738,007,552 parameters" in plan and not list(tmp_path.iterdir())
 
 
 def test_a_recipe_runs_by_name_from_the_installed_wheel(installed, playground, tmp_path):

@@ -31,8 +31,8 @@ SEAMS: dict[str, tuple[str, ...]] = {
 class SharedPushes(Trainer):
     """Mixin that stands before the trainer among the bases: it uploads weights, configuration, tokenizer and card, and no more.
 
-    transformers uploads everything in `output_dir`, with `training_args.bin` (which holds the token and the name of the host)
-    and what else lies there, and with `hub_strategy` `checkpoint` or `all_checkpoints` optimizer and random states.
+    transformers uploads everything in `output_dir`, with `training_args.bin`, which holds the token, and TensorBoard's files,
+    which are named after the host; and with `hub_strategy` `checkpoint` or `all_checkpoints` optimizer and random states.
     """
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -76,7 +76,7 @@ class SharedPushes(Trainer):
         kwargs.setdefault("model_name", Path(self.args.hub_model_id or self.args.output_dir).name)
         self.create_model_card(**kwargs)
         self._finish_current_push()
-        job = self._upload(Path(self.args.output_dir), commit_message, token, revision)
+        job = self._upload(Path(self.args.output_dir), commit_message, token, revision, copy=not blocking)
         return job.result() if blocking else job
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -94,9 +94,14 @@ class SharedPushes(Trainer):
         self.push_in_progress = PushInProgress([*jobs, job])
 
     def _upload(
-        self, folder: Path, message: str | None, token: str | None = None, revision: str | None = None
+        self,
+        folder: Path,
+        message: str | None,
+        token: str | None = None,
+        revision: str | None = None,
+        copy: bool = False,
     ) -> Future:
-        """Upload, in the background, what of a directory is for others."""
+        """Upload, in the background, what of a directory is for others; with `copy` the directory may be written to meanwhile."""
         adapter = is_peft_model(self.model)
         files = {path.relative_to(folder).as_posix(): path for path in public_files(folder, adapter)}
         for path in (folder / "adapter_config.json", Path(self.args.output_dir) / "README.md"):
@@ -107,7 +112,7 @@ class SharedPushes(Trainer):
         # Apart from the run, which goes on: a checkpoint may be deleted before it is uploaded.
         aside = TemporaryDirectory(dir=self.args.output_dir, prefix="_push-")
         for name, path in files.items():
-            _link_or_copy(path, Path(aside.name) / name)
+            _bring(path, Path(aside.name) / name, copy)
         revision = revision if revision is not None else self.args.hub_revision
         api = HfApi(token=hub_token, library_name="hf_delta")
         return api.run_as_future(_upload, api, self.hub_model_id, aside, message, revision)
@@ -133,9 +138,12 @@ def _local_base(model: Any) -> str | None:
     return next((name for name in names if name and os.path.isdir(name)), None)
 
 
-def _link_or_copy(path: Path, to: Path) -> None:
+def _bring(path: Path, to: Path, copy: bool) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.link(path.resolve(), to)
-    except OSError:
+        if copy:
+            shutil.copy2(path, to)
+        else:
+            os.link(path.resolve(), to)
+    except OSError:  # a disk without links
         shutil.copy2(path, to)

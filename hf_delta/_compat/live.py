@@ -1,5 +1,6 @@
 """Bytes of tensors that are alive, by private names of torch, and tensors that have shapes and no memory."""
 
+import logging
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -48,12 +49,29 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
+class _GroupedProducts(TorchDispatchMode):
+    """Products of experts in any dtype: without memory torch knows their shapes for bfloat16 alone."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is not torch.ops.aten._grouped_mm.default or args[0].dtype == torch.bfloat16:
+            return function(*args, **(kwargs or {}))
+        left, right, *more = args
+        found = function(left.to(torch.bfloat16), right.to(torch.bfloat16), *more, **(kwargs or {}))
+        return torch.empty_like(found, dtype=left.dtype)
+
+
 @contextmanager
 def shapes_only() -> Iterator[LiveBytes]:
     """Context in which tensors have shapes, dtypes and no memory, and their bytes are counted as if they had."""
     counter = LiveBytes()
-    with FakeTensorMode(), counter:
-        yield counter
+    # What cannot be done without values is an exception, and a traceback on stderr besides.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    was, log.disabled = log.disabled, True
+    try:
+        with FakeTensorMode(), _GroupedProducts(), counter:
+            yield counter
+    finally:
+        log.disabled = was
 
 
 def give_shapes(model: torch.nn.Module) -> None:

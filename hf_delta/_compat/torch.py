@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 
 def runs_plainly(module: nn.Module) -> bool:
@@ -17,6 +18,16 @@ def runs_plainly(module: nn.Module) -> bool:
         module._backward_pre_hooks,
     )
     return not any(hooks) and "forward" not in module.__dict__
+
+
+def is_plain_parameter(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a parameter and of no subclass, such as shards and packed weights; without memory it may be."""
+    return type(tensor) is nn.Parameter or (type(tensor) is FakeTensor and isinstance(tensor, nn.Parameter))
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether there is anything behind the shape of a tensor; a plan is made with tensors that have none."""
+    return tensor.device.type != "meta" and not isinstance(tensor, FakeTensor)
 
 
 def write_count(tensor: torch.Tensor) -> int:

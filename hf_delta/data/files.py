@@ -21,6 +21,8 @@ from hf_delta.recipe.arguments import DataArguments
 # A leading underscore keeps the directory out of uploads to the Hub.
 CACHE = "_datasets"
 
+# Beginnings of gzip, zip, bzip2, xz and zstandard, which datasets unpacks whatever the file is called.
+_ARCHIVES = (b"\x1f\x8b", b"PK\x03\x04", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 _BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -80,6 +82,8 @@ def _load_file(path: Path, builder: str, cache_dir: Path) -> Dataset:
         if "corresponds to no data" in str(error):
             # So says datasets of a file with a header or brackets and nothing else.
             raise InputError(f"{path} has no rows.") from error
+        if beginning.startswith(_ARCHIVES):
+            raise InputError(f"{path}: an archive that cannot be unpacked: {_reason(error)}") from error
         where, reason = malformed(path) if builder == "json" else ("", "")
         raise InputError(f"{path}{where}: {reason or _reason(error)}") from error
 
@@ -150,4 +154,6 @@ def load_from_hub(args: DataArguments, split: str) -> Source:
     try:
         return Source(name, load_dataset(args.dataset_name, args.dataset_config, split=split))
     except (ValueError, OSError) as error:
-        raise InputError(f"dataset_name: {name} cannot be loaded: {error}") from error
+        raise InputError(
+            f"dataset_name: {name} cannot be loaded: {error}. Is its name right, and the Hub within reach?"
+        ) from error

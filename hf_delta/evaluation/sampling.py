@@ -37,7 +37,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, 
     try:
         return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=False)
     except Exception as error:
-        raise InputError(f"The chat template cannot render the prompt {prompt!r:.200}: {error}") from error
+        reason = "the tokenizer has none" if "chat_template is not set" in str(error) else error
+        raise InputError(f"The chat template cannot render the prompt {prompt!r:.200}: {reason}") from error
 
 
 def sampling_config(

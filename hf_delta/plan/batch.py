@@ -6,7 +6,7 @@ import torch
 from transformers import PretrainedConfig
 
 from hf_delta.plan.lengths import Lengths
-from hf_delta.plan.memory import Head, Rollouts, Step, Weights
+from hf_delta.plan.parts import Head, Rollouts, Step, Weights
 from hf_delta.plan.shapes import cache_values
 from hf_delta.plan.trace import Pass, activations
 from hf_delta.recipe import Recipe

@@ -5,240 +5,10 @@ tiles, keys and values of rollouts) are added up at each moment where they can b
 `docs/dry_run.md` has the formulas.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-
-# TRL's fused head computes the vocabulary in tiles of so many tokens and so many words.
-HEAD_TOKENS, HEAD_WORDS = 4096, 32768
-# Bytes that a CPU gives at a time.
-PAGE = 4096
-# DeepSpeed reduces gradients in buckets of at most so many values.
-ZERO_BUCKET = 500_000_000
-
-STRATEGIES = ("DDP", "ZeRO-2", "ZeRO-3", "FSDP2")
-
-# Name of an optimizer begins with -> values of the parameter's dtype that it keeps for each value, and bytes on top.
-_STATES = {
-    "adamw_bnb_8bit": (0, 2),
-    "adamw_8bit": (0, 2),
-    "paged_adamw_8bit": (0, 2),
-    "lion_8bit": (0, 1),
-    "paged_lion_8bit": (0, 1),
-    "lion": (1, 0),
-    "paged_lion": (1, 0),
-    "adafactor": (0, 0),
-    "sgd": (0, 0),
-    "adagrad": (1, 0),
-    "rmsprop": (1, 0),
-}
-
-
-@dataclass(frozen=True)
-class Weights:
-    """
-    Parameters of the model that is trained.
-
-    Args:
-        all (`int`): Values, those of adapters among them.
-        trained (`int`): Values that are trained.
-        frozen_bytes (`int`): Bytes of the others, as they are loaded.
-        trained_bytes (`int`): Bytes of the trained ones.
-        frozen_values (`int`): How many of the frozen values are not quantised.
-        layers (`int`): Blocks.
-        layer_values (`int`): Values of the largest block.
-        root_values (`int`): Values outside of the blocks: embeddings, head.
-        embedding_values (`int`): Values of the input embeddings.
-        largest_trained (`int`): Values of the largest trained tensor.
-        embedding_trained (`bool`): Whether the input embeddings are trained.
-        head_trained (`bool`): Whether the head is trained.
-        tied (`bool`): Whether the two are one.
-        packed_bytes (`int`, *optional*, defaults to `0`): Bytes of quantised weights, out of `frozen_bytes`.
-    """
-
-    all: int
-    trained: int
-    frozen_bytes: int
-    trained_bytes: int
-    frozen_values: int
-    layers: int
-    layer_values: int
-    root_values: int
-    embedding_values: int
-    largest_trained: int
-    embedding_trained: bool
-    head_trained: bool
-    tied: bool
-    packed_bytes: int = 0
-
-    @property
-    def width(self) -> float:
-        """Bytes of a trained value."""
-        return self.trained_bytes / max(self.trained, 1)
-
-    @property
-    def bytes(self) -> int:
-        return self.frozen_bytes + self.trained_bytes
-
-
-@dataclass(frozen=True)
-class Activations:
-    """
-    Bytes of the backbone's activations, the head not among them.
-
-    Args:
-        base (`int`): Kept for the backward pass outside of blocks.
-        saved (`int`): Kept for the backward pass by one block; with gradient checkpointing its input.
-        forward (`int`): More that there is for a moment of the forward pass.
-        backward (`int`): More that there is for a moment of the backward pass, a recomputed block among it.
-    """
-
-    base: int
-    saved: int
-    forward: int
-    backward: int
-
-    def with_more(self, moment: int) -> "Activations":
-        """With so many bytes more for a moment of each pass."""
-        return replace(self, forward=self.forward + moment, backward=self.backward + moment)
-
-
-@dataclass(frozen=True)
-class Head:
-    """
-    The head of TRL, which never has all logits at once.
-
-    Args:
-        tokens (`int`): Positions that are scored.
-        vocabulary (`int`): Words.
-        width (`int`): Size of a hidden state.
-        compute (`int`): Bytes of a value where it computes: 2 under autocast or with 16-bit weights.
-        weight (`int`): Bytes of a value of its weight.
-        hidden (`int`): Bytes of a value of the hidden states.
-        trained (`bool`): Whether its weight has a gradient.
-        fused (`bool`): Whether a kernel computes on the tile in place (Triton, on a GPU), or torch with temporaries.
-        entropy (`bool`): Whether the entropy has a gradient.
-    """
-
-    tokens: int
-    vocabulary: int
-    width: int
-    compute: int
-    weight: int
-    hidden: int
-    trained: bool
-    fused: bool
-    entropy: bool = False
-
-    @property
-    def _tile(self) -> int:
-        return min(self.tokens, HEAD_TOKENS) * min(self.vocabulary, HEAD_WORDS)
-
-    @property
-    def _whole_buffer(self) -> int:
-        return min(self.tokens, HEAD_TOKENS) * HEAD_WORDS * self.compute
-
-    @property
-    def _buffer(self) -> int:
-        if self.fused:
-            return self._whole_buffer
-        # A CPU gives memory page by page when it is first written, and of a row only the words that there are.
-        row = -(-min(self.vocabulary, HEAD_WORDS) * self.compute // PAGE) * PAGE
-        return min(min(self.tokens, HEAD_TOKENS) * row, self._whole_buffer)
-
-    @property
-    def reserved(self) -> int:
-        """Bytes of the tile that are allocated and never written, which is counted on a GPU only."""
-        return self._whole_buffer - self._buffer
-
-    @property
-    def _casts(self) -> int:
-        slice_of_weight = min(self.vocabulary, HEAD_WORDS) * self.width
-        chunk = min(self.tokens, HEAD_TOKENS) * self.width
-        return self.compute * ((self.weight != self.compute) * slice_of_weight + (self.hidden != self.compute) * chunk)
-
-    @property
-    def forward(self) -> int:
-        """Three temporaries of four bytes and a mask for each logit of a tile, where no kernel spares them."""
-        return self._buffer + self._casts + (0 if self.fused else 13 * self._tile)
-
-    @property
-    def backward(self) -> int:
-        """Gradients in float32 besides, and on a CPU seven temporaries and a mask."""
-        gradients = 4 * self.tokens * self.width + 4 * self.trained * self.vocabulary * self.width
-        temporaries = 0
-        if not self.fused:
-            folded = (33 if self.entropy else 29) * self._tile
-            multiplied = 0
-            if self.compute != 4:
-                multiplied = 4 * (self._tile + min(self.vocabulary, HEAD_WORDS) * self.width)
-            temporaries = max(folded, multiplied)
-        # At its end the gradients are there once more, in the dtype of what they are for.
-        returned = self.hidden * self.tokens * self.width * (self.hidden != 4)
-        returned += self.weight * self.trained * self.vocabulary * self.width * (self.weight != 4)
-        return gradients + max(self._buffer + self._casts + temporaries, returned)
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """
-    Rollouts that the process makes with transformers.
-
-    Args:
-        sequences (`int`): At a time.
-        tokens (`int`): Of one, prompt and completion.
-        prompt (`int`): Of its prompt.
-        kv_values (`int`): Values of keys and values that one token has in one block.
-        width (`int`): Bytes of one of them.
-        vocabulary (`int`): Words.
-        merged_bytes (`int`): Copies of weights with the adapter merged.
-    """
-
-    sequences: int
-    tokens: int
-    prompt: int
-    kv_values: int
-    width: int
-    vocabulary: int
-    merged_bytes: int = 0
-
-    def bytes(self, layers: int, forward_per_token: float) -> int:
-        """Cache, one block of it twice while it grows, and the larger of the prompts' forward pass and sampling."""
-        cache = self.sequences * self.tokens * self.kv_values * self.width
-        sampling = 5 * 4 * self.sequences * self.vocabulary
-        prefill = round(forward_per_token * self.sequences * self.prompt)
-        return cache * (layers + 1) + max(sampling, prefill) + self.merged_bytes
-
-
-@dataclass(frozen=True)
-class Step:
-    """
-    A training step as one process takes it.
-
-    Args:
-        weights ([`Weights`]): Parameters.
-        activations ([`Activations`]): Of one micro-batch.
-        head ([`Head`]): Of one micro-batch.
-        optimizer (`str`): Name, as in `optim`.
-        accumulates (`bool`): Whether gradients of an earlier micro-batch are there already.
-        tokens (`int`): Of one micro-batch.
-        reference (`bool`): Whether a second model is loaded, as a reference.
-        second_pass (`bool`): Whether a reference is computed while the activations of the policy wait.
-        extra (`int`): Bytes that wait besides, such as hidden states for masks of tokens.
-        rollouts ([`Rollouts`], *optional*): Made by this process.
-        autocast (`bool`): Whether it computes in 16 bits whatever the weights are.
-    """
-
-    weights: Weights
-    activations: Activations
-    head: Head
-    optimizer: str
-    accumulates: bool
-    tokens: int
-    reference: bool = False
-    second_pass: bool = False
-    extra: int = 0
-    rollouts: Rollouts | None = None
-    autocast: bool = False
+from hf_delta.plan.held import Held, held
+from hf_delta.plan.parts import Step
 
 
 @dataclass(frozen=True)
@@ -256,54 +26,49 @@ class Estimate:
     moment: str
 
 
-def state_bytes(optimizer: str, values: int, width: float) -> int:
-    """Bytes of the states of an optimizer; one that is not in the table counts as AdamW."""
-    name = optimizer.lower()
-    kept, more = next((found for start, found in _longest_first() if name.startswith(start)), (2, 0))
-    return round(values * (kept * width + more))
-
-
-def _longest_first() -> list[tuple[str, tuple[int, int]]]:
-    return sorted(_STATES.items(), key=lambda item: -len(item[0]))
-
-
 def estimate(step: Step, strategy: str = "DDP", processes: int = 1) -> Estimate:
     """Memory of one process under a strategy of `STRATEGIES`; one process shards nothing, whatever the strategy."""
-    held = _held(step, strategy if processes > 1 else "DDP", processes)
-    weights, acts, head = step.weights, step.activations, step.head
-    waiting = acts.base + weights.layers * acts.saved + step.extra
-    embedding = round(weights.embedding_values * weights.width)
-    carried = held.gradients if step.accumulates else 0
-    # A tied weight has the head's gradient waiting for the embedding's.
-    from_head = head.trained * round(head.vocabulary * head.width * weights.width)
-    waits = from_head if weights.tied else 0
-    started = carried + waits if step.accumulates else from_head
-    finished = (
-        held.gradients + weights.embedding_trained * embedding + carried * (waits > 0) * from_head // max(carried, 1)
-    )
-    second = head.forward + acts.base if step.second_pass else 0
-    always = held.weights + held.reference + held.optimizer + held.gathered
-    moments = {
-        "forward": carried + waiting + max(acts.forward, head.forward),
-        "reference": carried + waiting + max(second, acts.forward + acts.base if step.second_pass else 0),
-        "head": carried + waiting + head.backward,
-        "backward": started + waiting + acts.backward,
-        "end of backward": finished + acts.base,
-        "optimizer": held.gradients + _update_bytes(step),
-        "rollouts": _rollout_bytes(step),
-    }
+    has = held(step, strategy if processes > 1 else "DDP", processes)
+    moments = _moments(step, has)
     moment = max(moments, key=lambda name: moments[name])
     return Estimate(
-        weights=held.weights + held.gathered,
-        reference=held.reference,
-        optimizer=held.optimizer,
-        gradients=held.gradients,
-        activations=waiting + acts.backward,
-        head=max(head.forward, head.backward),
+        weights=has.weights + has.gathered,
+        reference=has.reference,
+        optimizer=has.optimizer,
+        gradients=has.gradients,
+        activations=_waiting(step) + step.activations.backward,
+        head=max(step.head.forward, step.head.backward),
         rollouts=_rollout_bytes(step),
-        peak=always + moments[moment],
+        peak=has.weights + has.gathered + has.reference + has.optimizer + moments[moment],
         moment=moment,
     )
+
+
+def _moments(step: Step, has: Held) -> dict[str, int]:
+    """Bytes beside those that are always there, by name of the moment."""
+    weights, acts, head = step.weights, step.activations, step.head
+    waiting, lasting = _waiting(step), has.gradients if has.lasting else 0
+    earlier = has.gradients if step.accumulates else lasting
+    embeddings = round(weights.embedding_trained * weights.embedding_values * weights.width)
+    from_head = round(head.trained * head.vocabulary * head.width * weights.width)
+    # With those of an earlier micro-batch, a gradient of the head of its own waits only where it is tied to the embeddings'.
+    new_from_head = from_head if weights.tied or not step.accumulates else 0
+    second = max(head.forward, acts.forward) + acts.base if step.second_pass else 0
+    return {
+        "forward": earlier + waiting + max(acts.forward, head.forward),
+        "reference": earlier + waiting + second,
+        "head": earlier + waiting + head.backward,
+        "backward": earlier + new_from_head + waiting + acts.backward,
+        "end of backward": has.gradients + embeddings + acts.base + (new_from_head if step.accumulates else 0),
+        "optimizer": has.gradients + _update_bytes(step),
+        "rollouts": lasting + _rollout_bytes(step),
+    }
+
+
+def _waiting(step: Step) -> int:
+    """Activations of all blocks, which wait for the backward pass."""
+    acts = step.activations
+    return acts.base + step.weights.layers * acts.saved + step.extra
 
 
 def _rollout_bytes(step: Step) -> int:
@@ -316,39 +81,3 @@ def _update_bytes(step: Step) -> int:
     """Temporaries of the optimizer's step."""
     # One tensor after the other, and Adafactor's arithmetic has three copies of it in float32.
     return 3 * 4 * step.weights.largest_trained if step.optimizer.lower().startswith("adafactor") else 0
-
-
-@dataclass(frozen=True)
-class _Held:
-    weights: int
-    reference: int
-    optimizer: int
-    gradients: int
-    gathered: int
-
-
-def _held(step: Step, strategy: str, processes: int) -> _Held:
-    """What a process holds of weights, reference, optimizer states and gradients, and what it gathers for a moment."""
-    w, n = step.weights, processes
-    compute = 2 if step.autocast else 4
-    gathered = compute * (2 * w.layer_values + w.root_values)
-    plain = w.bytes
-    if strategy == "DDP":
-        states = state_bytes(step.optimizer, w.trained, w.width)
-        # DDP reduces copies of the gradients, its buckets.
-        buckets = w.trained_bytes if n > 1 else 0
-        return _Held(plain, step.reference * plain, states, w.trained_bytes + buckets, 0)
-    if strategy in ("ZeRO-2", "ZeRO-3"):
-        # Weights in the dtype of the computation, and float32 ones beside the states that are sharded.
-        whole = compute * (w.trained + w.frozen_values) + w.packed_bytes
-        master = w.trained * (4 if compute == 2 else 0) + state_bytes(step.optimizer, w.trained, 4)
-        bucket = compute * min(ZERO_BUCKET, w.trained)
-        gradients = compute * w.trained // n + bucket
-        if strategy == "ZeRO-2":
-            return _Held(whole, step.reference * whole, master // n, gradients, 0)
-        return _Held(whole // n, step.reference * whole // n, master // n, gradients, gathered)
-    # FSDP2 under mixed precision keeps trained weights in float32.
-    trained = w.trained * (4 if step.autocast else w.width)
-    states = state_bytes(step.optimizer, w.trained, trained / max(w.trained, 1))
-    held = round((w.frozen_bytes + trained) / n)
-    return _Held(held, step.reference * held, states // n, round(trained / n) + compute * w.layer_values, gathered)

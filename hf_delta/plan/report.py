@@ -1,10 +1,13 @@
 """A plan as text."""
 
+from pathlib import Path
+
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from hf_delta.plan.memory import state_bytes
+from hf_delta.plan.batch import computes_in
+from hf_delta.plan.held import saved_states
 from hf_delta.plan.run import Plan
 
 
@@ -24,38 +27,79 @@ def render(plan: Plan) -> RenderableType:
     lines.add_column(overflow="fold")
     for name, text in described(plan).items():
         lines.add_row(name, Text(text))
-    notes = [Text(f"- {note}", style="dim") for note in plan.notes]
-    return Group(lines, Text(), memory_table(plan), *notes, Text("Nothing was written."))
+    notes = [*_of_the_table(plan), *plan.notes]
+    return Group(
+        lines,
+        Text(),
+        memory_table(plan),
+        *(Text(f"- {note}", style="dim") for note in notes),
+        Text("Nothing was written."),
+    )
+
+
+def _of_the_table(plan: Plan) -> list[str]:
+    notes = ["Parts are not all there at once: the peak is the largest sum of what is there at one moment."]
+    if len(plan.estimates) > 1:
+        notes.append("* is this launch; the others are what the same processes would have under another one.")
+    return notes
 
 
 def described(plan: Plan) -> dict[str, str]:
     """What would happen, in words, by name."""
-    recipe, config = plan.recipe, plan.config
-    text = config.get_text_config()
+    recipe = plan.recipe
     found = {
-        "recipe": f"{recipe.source}: trainer {recipe.trainer}",
-        "model": f"{recipe.model.model_name_or_path}: {config.model_type}, {text.num_hidden_layers} layers of "
-        f"{text.hidden_size}, {text.vocab_size:,} words; shapes from {plan.shapes}",
+        "recipe": f"{_short(recipe.source)}, trainer {recipe.trainer}",
+        "model": _model(plan),
         "trains": _trained(plan),
-        "launch": f"{plan.launch.processes} process{'es' * (plan.launch.processes > 1)}, {plan.launch.strategy} ({plan.launch.source})",
+        "launch": _launch(plan),
         "data": _data(plan),
         "step": _step(plan),
         "steps": _steps(plan),
-        **({"rollouts": _rollouts(plan)} if recipe.trainer == "grpo" else {}),
-        "saved": _saved(plan),
     }
+    if recipe.trainer == "grpo":
+        found["rollouts"] = _rollouts(plan)
+    found |= {"saved": _saved(plan), "checkpoints": _checkpoints(plan)}
     if plan.lora_rank is not None:
-        found["as LoRA"] = f"exported, max_lora_rank of vLLM is {plan.lora_rank}"
+        found["as LoRA"] = f"exported at its own rank it needs --max-lora-rank {plan.lora_rank} of vLLM"
     return found
+
+
+def _short(path: str) -> str:
+    """A path as it is seen from here."""
+    here = Path.cwd()
+    return str(Path(path).relative_to(here)) if Path(path).is_relative_to(here) else path
+
+
+def _model(plan: Plan) -> str:
+    text = plan.config.get_text_config()
+    shape = f"{text.num_hidden_layers} layers of {text.hidden_size}, {text.vocab_size:,} words"
+    return (
+        f"{plan.recipe.model.model_name_or_path}: {plan.config.model_type}, {shape}; shapes from {_short(plan.shapes)}"
+    )
 
 
 def _trained(plan: Plan) -> str:
     weights, peft = plan.weights, plan.recipe.peft
+    kind = {2: "16 bits", 4: "float32"}.get(weights.width, f"{8 * weights.width:.3g} bits")
+    size_of = f"{size(weights.trained_bytes)} in {kind}"
+    computed = computes_in(plan.recipe)
+    computed = "" if computed is None else f"; computes in {str(computed).removeprefix('torch.')}"
     if peft is None:
-        return f"all {weights.all:,} parameters ({size(weights.bytes)})"
+        return f"all {weights.all:,} parameters, {size_of}{computed}"
     method = plan.recipe.values["peft_config"]["method"]
     share = weights.trained / weights.all
-    return f"{method}: {weights.trained:,} of {weights.all:,} parameters ({share:.2%}, {size(weights.trained_bytes)})"
+    frozen = size(weights.frozen_bytes + weights.buffer_bytes)
+    return (
+        f"{method}: {weights.trained:,} of {weights.all:,} parameters ({share:.2%}), {size_of}; "
+        f"{frozen} are frozen{computed}"
+    )
+
+
+def _launch(plan: Plan) -> str:
+    launch = plan.launch
+    if launch.processes == 1:
+        return f"1 process ({_short(launch.source)})"
+    return f"{launch.processes} processes, {launch.strategy} ({_short(launch.source)})"
 
 
 def _data(plan: Plan) -> str:
@@ -68,21 +112,24 @@ def _data(plan: Plan) -> str:
 def _step(plan: Plan) -> str:
     per_step, batch = plan.batches.rows_per_step, plan.batch
     t = plan.recipe.training
-    sizes = f"{plan.launch.processes} x {t.per_device_train_batch_size} x {t.gradient_accumulation_steps}"
+    factors = f"{plan.launch.processes} processes" if plan.launch.processes > 1 else "1 process"
+    factors += f" x {t.per_device_train_batch_size} at a time x {t.gradient_accumulation_steps}"
+    answers = 1
     if plan.recipe.trainer == "grpo":
-        what = f"{per_step:,} rollouts of {per_step // t.num_generations:,} prompts"
-        tokens = per_step * batch.tokens
+        what = f"{per_step:,} rollouts of {counted(per_step // t.num_generations, 'prompt')}"
     else:
-        what = f"{per_step:,} rows"
-        tokens = per_step * batch.tokens * batch.sequences // t.per_device_train_batch_size
-    return f"{what} ({sizes}); at most {tokens:,} tokens, {batch.tokens:,} each"
+        what = counted(per_step, "row")
+        answers = batch.sequences // t.per_device_train_batch_size
+    each = f"{batch.tokens:,} tokens" + (f" of each of {answers} answers with its prompt" if answers > 1 else " each")
+    return f"{what} ({factors}); at most {each}, {per_step * answers * batch.tokens:,} in all"
 
 
 def _steps(plan: Plan) -> str:
     found = plan.batches
     if found.steps is None:
-        return f"{plan.recipe.training.num_train_epochs:g} epochs: one step for every {found.rows_per_step:,} rows"
-    epochs = "" if found.epochs is None else f", {found.epochs:.3g} epochs"
+        epochs = counted(plan.recipe.training.num_train_epochs, "epoch")
+        return f"{epochs}, with a step for every {counted(found.rows_per_step, 'row')}"
+    epochs = "" if found.epochs is None else f", {counted(found.epochs, 'epoch')}"
     goes_on = "" if plan.resumes is None else f", goes on from {plan.resumes}"
     return f"{found.steps:,}{epochs}{goes_on}"
 
@@ -90,7 +137,9 @@ def _steps(plan: Plan) -> str:
 def _rollouts(plan: Plan) -> str:
     found, t = plan.batches, plan.recipe.training
     made = "" if found.generations is None else f", {found.generations:,} times"
-    text = f"{found.rollouts_per_generation:,} at a time, {t.num_generations} for each of {found.prompts_per_generation:,} prompts{made}"
+    prompts = counted(found.prompts_per_generation, "prompt")
+    text = f"{found.rollouts_per_generation:,} at a time, {t.num_generations} for each of {prompts}{made}"
+    text += f", of at most {t.max_completion_length:,} tokens"
     if not t.use_vllm:
         return f"{text}; with transformers, in the training processes"
     if t.vllm_mode == "server":
@@ -99,31 +148,60 @@ def _rollouts(plan: Plan) -> str:
 
 
 def _saved(plan: Plan) -> str:
-    recipe, weights = plan.recipe, plan.weights
+    recipe = plan.recipe
     kind = "adapter" if recipe.peft is not None else "model"
-    final = weights.trained_bytes if recipe.peft is not None else weights.bytes
-    each = final + state_bytes(plan.step.optimizer, weights.trained, weights.width)
-    count = "checkpoints" if plan.checkpoints is None else f"{plan.checkpoints} checkpoints"
-    lines = f"{recipe.output_dir}: {kind} ({size(final)}), run.json, README.md; {count} of {size(each)}"
+    files = f"{recipe.output_dir}: {kind} ({size(plan.final_bytes)}), tokenizer, run.json, README.md"
     if recipe.run.evaluate_pass_at is not None:
-        lines += "; eval_before.json, eval_after.json, report.md"
-    return lines
+        files += ", eval_before.json, eval_after.json, report.md"
+    return files
+
+
+def _checkpoints(plan: Plan) -> str:
+    training = plan.recipe.training
+    strategy = str(getattr(training.save_strategy, "value", training.save_strategy))
+    if strategy == "no":
+        return "none"
+    one = plan.final_bytes + saved_states(plan.step, plan.launch.strategy if plan.launch.processes > 1 else "DDP")
+    how_often = _how_often(strategy, training.save_steps)
+    if plan.checkpoints is None:
+        return f"{size(one)} {how_often}"
+    stay = f"{plan.checkpoints} stay" if plan.checkpoints > 1 else "1 stays"
+    return f"{size(one)} {how_often}; {stay}, {size(plan.checkpoints * one)} in all"
+
+
+def _how_often(strategy: str, steps: float) -> str:
+    if strategy != "steps":
+        return f"every {strategy}"
+    return (
+        f"every {steps:.0%} of the steps" if steps < 1 else "every step" if steps == 1 else f"every {steps:,.0f} steps"
+    )
+
+
+def counted(number: float, noun: str) -> str:
+    """A number with its noun: `1 epoch`, `2.5 epochs`, `1,024 rows`."""
+    text = f"{number:,.0f}" if number == int(number) else f"{number:.3g}"
+    return f"{text} {noun}" + ("" if text == "1" else "s")
 
 
 def memory_table(plan: Plan) -> Table:
     """Bytes on a process for every strategy; the one of the launch is marked."""
-    what = "of the process" if plan.recipe.training.use_cpu else "of each GPU"
-    table = Table(title=f"Memory {what}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    what = "the process" if plan.recipe.training.use_cpu else "each GPU"
+    table = Table(title=f"Memory of {what}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.show_header = len(plan.estimates) > 1
     table.add_column("", no_wrap=True)
     for strategy in plan.estimates:
-        chosen = strategy == plan.launch.strategy and len(plan.estimates) > 1
-        table.add_column(f"{strategy} *" if chosen else strategy, justify="right", no_wrap=True)
+        table.add_column(_heading(strategy, plan), justify="right", no_wrap=True)
     for name in _PARTS:
         values = [getattr(found, name) for found in plan.estimates.values()]
         if any(values):
             table.add_row(name, *map(size, values), style="bold" if name == "peak" else None)
-    table.add_row("at its most in", *(found.moment for found in plan.estimates.values()))
+    table.add_row("peak is in", *(found.moment for found in plan.estimates.values()))
     return table
+
+
+def _heading(strategy: str, plan: Plan) -> str:
+    name = f"{strategy}, no sharding" if strategy == "DDP" else strategy
+    return f"{name} *" if strategy == plan.launch.strategy else name
 
 
 def size(number: float) -> str:

@@ -3,11 +3,11 @@
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig
 from transformers.utils import logging as transformers_logging
@@ -15,15 +15,20 @@ from transformers.utils import logging as transformers_logging
 from hf_delta.adapters.dora import fast_dora
 from hf_delta.plan.batch import MicroBatch, micro_batch, step_of
 from hf_delta.plan.checks import check_batches, check_launch, check_rule, checked_rows, lora_rank
+from hf_delta.plan.held import STRATEGIES
 from hf_delta.plan.lengths import Lengths, local_tokenizer, measure
-from hf_delta.plan.memory import STRATEGIES, Estimate, Step, Weights, estimate
-from hf_delta.plan.shapes import adapt, find_config, largest_packed, quantise, shapes_of, weights_of
+from hf_delta.plan.memory import Estimate, estimate
+from hf_delta.plan.notes import notes_on_data, notes_on_memory
+from hf_delta.plan.parts import Step, Weights
+from hf_delta.plan.shapes import adapt, find_config, largest_packed, quantise, saved_bytes, shapes_of, weights_of
 from hf_delta.plan.steps import Batches, checkpoints, pair_batches, rollout_batches
+from hf_delta.playground.lists import LISTED
 from hf_delta.playground.model import build_model
 from hf_delta.playground.tasks import load_task
 from hf_delta.playground.tokenizer import MAX_LENGTH, build_tokenizer
 from hf_delta.recipe import Recipe
 from hf_delta.recipe.launch import Launch, current_launch
+from hf_delta.recipe.load import use_of_rows
 from hf_delta.recipe.peft import wants_fast_dora
 from hf_delta.recipe.rewards import resolve_reward
 from hf_delta.run.directory import check_output_dir
@@ -46,6 +51,7 @@ class Plan:
         batches ([`Batches`]): Steps.
         step ([`Step`]): What the memory was worked out from.
         estimates (`dict[str, Estimate]`): Memory of a process, by strategy.
+        final_bytes (`int`): Of the model or adapter that the run writes.
         checkpoints (`int`, *optional*): How many there are in the end.
         lora_rank (`int`, *optional*): `max_lora_rank` of vLLM for an exported LoRA.
         resumes (`str`, *optional*): Checkpoint that the run goes on from.
@@ -61,6 +67,7 @@ class Plan:
     batches: Batches
     step: Step
     estimates: dict[str, Estimate]
+    final_bytes: int
     checkpoints: int | None
     lora_rank: int | None
     resumes: str | None
@@ -84,34 +91,37 @@ def dry_run(recipe: Recipe) -> Plan:
     transformers_logging.set_verbosity_error()
     unbuilt = _unbuilt_playground(recipe)
     config, where = _config(recipe, unbuilt)
-    weights, dtype, unpacked = _count(recipe, config)
+    found = _count(recipe, config)
     rank = lora_rank(recipe)
-    notes: list[str] = []
     with nullcontext() if unbuilt else checked_rows(recipe, rewards, judge) as rows:
         lengths = _lengths(recipe, rows, unbuilt)
         batches = _batches(recipe, launch, None if rows is None else len(rows))
     check_batches(recipe, batches)
     batch = micro_batch(recipe, lengths, recipe.training.use_cpu)
-    step, whole = step_of(recipe, config, weights, dtype, batch, unpacked)
-    notes += _notes(recipe, batch, whole, unbuilt, rows is None)
+    step, whole = step_of(recipe, config, found.weights, found.dtype, batch, found.unpacked)
     training = recipe.training
+    estimates = {name: estimate(step, name, launch.processes) for name in _strategies(launch, training.use_cpu)}
     return Plan(
         recipe=recipe,
         launch=launch,
         config=config,
         shapes=where,
-        weights=weights,
+        weights=found.weights,
         batch=batch,
         batches=batches,
         step=step,
-        estimates={name: estimate(step, name, launch.processes) for name in _strategies(launch, training.use_cpu)},
+        estimates=estimates,
+        final_bytes=found.final,
         checkpoints=checkpoints(
             batches.steps, str(getattr(training.save_strategy, "value", training.save_strategy)), training.save_steps,
             batches.epochs, training.save_total_limit,
         ),
         lora_rank=rank,
         resumes=resumes,
-        notes=notes,
+        notes=[
+            *notes_on_data(recipe, batch, unbuilt),
+            *notes_on_memory(recipe, launch, estimates, whole),
+        ],
     )  # fmt: skip
 
 
@@ -136,19 +146,26 @@ def _config(recipe: Recipe, unbuilt: bool) -> tuple[PretrainedConfig, str]:
     return find_config(name, model.model_revision, Path(recipe.source), trust)
 
 
-def _count(recipe: Recipe, config: PretrainedConfig) -> tuple[Weights, torch.dtype, int]:
-    """Parameters, dtype of the base, and bytes of a weight that is unpacked for a moment."""
+class _Counted(NamedTuple):
+    weights: Weights
+    dtype: torch.dtype
+    # Of the largest weight that is unpacked for a moment.
+    unpacked: int
+    # Of what is written in the end.
+    final: int
+
+
+def _count(recipe: Recipe, config: PretrainedConfig) -> _Counted:
     dtype = _dtype(recipe, config)
     model: nn.Module = shapes_of(config, dtype, recipe.model.attn_implementation)
     bits = 4 if recipe.model.load_in_4bit else 8 if recipe.model.load_in_8bit else None
     unpacked = 0 if bits is None else largest_packed(model)
     if recipe.peft is not None:
         with fast_dora() if wants_fast_dora(recipe.values) else nullcontext():
-            adapted: PeftModel = adapt(model, recipe.peft)
+            model = adapt(model, recipe.peft)
         if bits is not None:
-            quantise(adapted)
-        model = adapted
-    return weights_of(model, bits, recipe.model.use_bnb_nested_quant), dtype, unpacked
+            quantise(model)
+    return _Counted(weights_of(model, bits, recipe.model.use_bnb_nested_quant), dtype, unpacked, saved_bytes(model))
 
 
 def _dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
@@ -163,7 +180,8 @@ def _dtype(recipe: Recipe, config: PretrainedConfig) -> torch.dtype:
 def _lengths(recipe: Recipe, rows: Dataset | None, unbuilt: bool) -> Lengths | None:
     if unbuilt:
         # Prompts and answers together; the longest prompt leaves room for an answer.
-        return Lengths(MAX_LENGTH // 2, MAX_LENGTH, 2 if recipe.trainer == "dpo" else 1)
+        use = use_of_rows(recipe.trainer, recipe.training)
+        return Lengths(MAX_LENGTH // 2, MAX_LENGTH, LISTED if "lists" in use else 2 if recipe.trainer == "dpo" else 1)
     if rows is None:
         return None
     trust = getattr(recipe.training, "trust_remote_code", False)
@@ -184,25 +202,3 @@ def _batches(recipe: Recipe, launch: Launch, rows: int | None) -> Batches:
         steps_per_generation=t.steps_per_generation,
         iterations=t.num_iterations,
     )
-
-
-def _notes(recipe: Recipe, batch: MicroBatch, whole: bool, unbuilt: bool, no_rows: bool) -> list[str]:
-    notes = []
-    if recipe.data.train_file is None:
-        notes.append(f"{recipe.data.dataset_name} was not looked at: it is on the Hub. Its rows are not known here.")
-    elif unbuilt:
-        notes.append("The playground would be built first; tokens are the most that its rows can have.")
-    if not batch.counted:
-        what = (
-            f"prompts are taken to have {batch.prompt} tokens"
-            if recipe.trainer == "grpo"
-            else "rows are taken to be full"
-        )
-        notes.append(f"Rows or tokenizer are not here: {what}.")
-    if not whole:
-        notes.append("Activations are those of the model without its adapter, whose layers need weights to run.")
-    if recipe.trainer == "grpo" and recipe.training.use_vllm:
-        notes.append("TRL sends vLLM merged weights: max_lora_rank does not limit the rank that is trained.")
-    if not recipe.training.use_cpu:
-        notes.append("A GPU also has about half a GiB of CUDA itself, and fragmentation. Leave a tenth.")
-    return notes

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from hf_delta.errors import InputError
-from hf_delta.plan.memory import Weights
+from hf_delta.plan.parts import Weights
 from hf_delta.recipe.find import shipped
 
 
@@ -60,9 +60,13 @@ def _pretrained(name: str, revision: str | None, trust: bool, local: bool) -> Pr
 def _from_file(path: Path) -> PretrainedConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict) or "model_type" not in content:
+            raise ValueError("it has no model_type")
         return AutoConfig.for_model(**content)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path}: no configuration of a model ({error}).") from error
+    except Exception as error:
+        # Whatever a class of configurations trips over.
+        reason = " ".join(str(error).partition(" Should contain one of")[0].split()).rstrip(".")
+        raise InputError(f"{path}: no configuration of a model ({reason}).") from error
 
 
 def shapes_of(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None) -> nn.Module:
@@ -76,8 +80,13 @@ def shapes_of(config: PretrainedConfig, dtype: torch.dtype, attention: str | Non
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise InputError(f"model_name_or_path: {config.model_type}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # Whatever the class of a model trips over in a configuration.
+        reason = (str(error).splitlines() or [""])[0].rstrip(".")
+        raise InputError(
+            f"model_name_or_path: no causal language model can be built of the configuration ({config.model_type}; "
+            f"{type(error).__name__}: {reason})."
+        ) from error
 
 
 def adapt(model: nn.Module, peft: PeftConfig, keep_dtype: bool = False) -> PeftModel:
@@ -120,7 +129,7 @@ def _there(model: nn.Module) -> str:
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The list of blocks, the largest of the lists that are as long as the model has layers."""
     wanted = model.config.get_text_config().num_hidden_layers
-    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == wanted]
+    found = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == wanted > 0]
     if not found:
         raise InputError(f"{model.config.model_type}: its blocks were not found; a plan cannot be made for it.")
     return max(found, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
@@ -169,7 +178,15 @@ def weights_of(model: nn.Module, bits: int | None = None, nested: bool = False) 
         head_trained=any(p.requires_grad for p in head_parameters),
         tied=bool({id(p) for p in embedding} & {id(p) for p in head_parameters}),
         packed_bytes=sum(packed.values()),
+        buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
     )
+
+
+def saved_bytes(model: nn.Module) -> int:
+    """Bytes of what a run writes in the end: the adapter with its frozen tensors, or the model."""
+    if isinstance(model, PeftModel):
+        return sum(value.nbytes for value in get_peft_model_state_dict(model, save_embedding_layers=False).values())
+    return sum(parameter.nbytes for parameter in model.parameters())
 
 
 def _packed(model: nn.Module, head: nn.Module | None, bits: int, nested: bool) -> dict[int, int]:

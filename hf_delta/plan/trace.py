@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from hf_delta.adapters.base import DeltaLinear
 from hf_delta.adapters.dora import fast_dora
 from hf_delta.adapters.pmss.layer import PmssLinear
 from hf_delta.errors import InputError
-from hf_delta.plan.memory import Activations
+from hf_delta.plan.parts import Activations
 from hf_delta.plan.shapes import adapt, backbone_of, blocks_of, plain, shapes_of, shortened
 
 
@@ -77,8 +78,8 @@ def _trace_or_less(config: PretrainedConfig, peft: PeftConfig | None, batch: Pas
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         raise InputError(
-            f"model_name_or_path: {config.model_type} looks at values, so that its activations cannot be counted without "
-            f"them, and there is no plan for it ({reason:.200}). Run the recipe without dry_run."
+            f"model_name_or_path: {config.model_type} cannot run on shapes alone, so that its activations cannot be counted "
+            f"and there is no plan for it ({reason:.200}). Run the recipe without dry_run."
         ) from error
 
 
@@ -90,7 +91,9 @@ def _trace(config: PretrainedConfig, peft: PeftConfig | None, batch: Pass) -> Ac
             # The blocks that are left are not those that are meant.
             peft.layers_to_transform, peft.layers_pattern = None, None
         model = adapt(model, peft)
-    with shapes_only() as live:
+    with shapes_only() as live, warnings.catch_warnings():
+        # Of what training does anyhow, and of an address that only says whether a tensor is another one.
+        warnings.simplefilter("ignore")
         give_shapes(model)
         if batch.checkpointing:
             if peft is not None:
@@ -102,6 +105,10 @@ def _trace(config: PretrainedConfig, peft: PeftConfig | None, batch: Pass) -> Ac
 
 
 def _measure(model: nn.Module, live: LiveBytes, batch: Pass) -> Activations:
+    # Adapters derive some tensors from the weight in their first pass, and keep them.
+    start = live.now
+    _forward(model, batch)
+    derived, start = live.now - start, live.now
     marks: list[int] = []
     (block,) = blocks_of(plain(model))
     # Twice with gradient checkpointing; the first pass counts.
@@ -110,16 +117,20 @@ def _measure(model: nn.Module, live: LiveBytes, batch: Pass) -> Activations:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_forget)
-    ids = torch.zeros(batch.sequences, batch.tokens, dtype=torch.long)
-    start = live.peak = live.now
-    with torch.autocast("cpu", dtype=batch.autocast or torch.bfloat16, enabled=batch.autocast is not None):
-        hidden = backbone_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+    live.peak = live.now
+    hidden = _forward(model, batch)
     kept, top = live.now - start, live.peak - start
     live.peak = live.now
     if hidden.requires_grad:
         hidden.backward(torch.empty_like(hidden))
     saved = marks[1] - marks[0]
-    return Activations(kept - saved, saved, top - kept, live.peak - start - kept)
+    return Activations(kept - saved, saved, top - kept, live.peak - start - kept, derived)
+
+
+def _forward(model: nn.Module, batch: Pass) -> torch.Tensor:
+    ids = torch.zeros(batch.sequences, batch.tokens, dtype=torch.long)
+    with torch.autocast("cpu", dtype=batch.autocast or torch.bfloat16, enabled=batch.autocast is not None):
+        return backbone_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
 
 
 def _take_as_checked(module: nn.Module) -> None:

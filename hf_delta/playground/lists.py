@@ -10,6 +10,8 @@ from hf_delta.playground.tasks import Problem
 
 # Of a token of the working, where one of the answer has 1.
 WORKING_WEIGHT = 0.5
+# Most responses of a list.
+LISTED = 4
 
 
 def token_weights(response: str) -> list[float]:

@@ -41,6 +41,10 @@ def resolve_reward(entry: str | dict[str, dict[str, Any]], key: str = "reward_fu
     found = _find(name, key)
     if not callable(found):
         raise InputError(f"{key}: {name} is not a function.")
+    try:
+        inspect.signature(found)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{key}: {name} does not say which parameters it has. Write a function.") from error
     makes_functions = name.startswith("get_") or inspect.isclass(found)
     if arguments is None and makes_functions:
         raise InputError(f"{key}: {name} takes arguments; write {{{name}: {{{_required_text(found)}}}}}.")
@@ -52,7 +56,7 @@ def resolve_reward(entry: str | dict[str, dict[str, Any]], key: str = "reward_fu
         raise InputError(f"{key}: {name}: {error}; it takes ({_required_text(found)}).") from error
     try:
         made = found(**arguments)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{key}: {name}{arguments} raised {type(error).__name__}: {error}") from error
     if not callable(made):
         raise InputError(f"{key}: {name}{arguments} is not a function; write the name alone.")
@@ -93,8 +97,8 @@ def columns_needed(function: Callable, columns: Sequence[str]) -> list[str]:
         `InputError`: the dataset lacks one of them, or the function takes no `**kwargs` and lacks a parameter for
         something that TRL passes.
     """
-    parameters = inspect.signature(function).parameters.values()
     name = getattr(function, "__name__", type(function).__name__)
+    parameters = inspect.signature(function).parameters.values()
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     required = [p.name for p in parameters if p.name in named and p.default is p.empty and p.name not in PASSED_BY_TRL]
     missing = [column for column in required if column not in columns]

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hf_delta.errors import InputError
+from hf_delta.errors import InputError, said_by
 from hf_delta.rl.allocation import PromptBatch
 from hf_delta.rl.difficulty import Difficulty, PassRates
 from hf_delta.rl.weights.base import transform_name
@@ -124,7 +124,7 @@ class Curriculum:
         except InputError:
             raise
         except Exception as error:
-            raise InputError(f"rollout_allocation: {name} raised {type(error).__name__}: {error}") from error
+            raise InputError(f"rollout_allocation: {name} raised {said_by(error)}") from error
         if counts.shape != (len(batch.prompt_ids),) or int(counts.sum()) != batch.budget or int(counts.min()) < 2:
             raise InputError(
                 f"rollout_allocation: {name} returned {counts.tolist()} for {len(batch.prompt_ids)} prompts; it must return "

@@ -3,14 +3,12 @@
 import functools
 import inspect
 import math
-import traceback
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_delta.errors import InputError
+from hf_delta.errors import InputError, said_by
 
 
 # Our own reward functions, by the name that recipes and commands use; one line each.
@@ -61,9 +59,7 @@ def _is_async(function: Callable) -> bool:
 
 
 def _raised(name: str, error: BaseException) -> InputError:
-    said = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    at = traceback.extract_tb(error.__traceback__)[-1]
-    return InputError(f"The reward function {name!r} raised {said} ({Path(at.filename).name}, line {at.lineno}).")
+    return InputError(f"The reward function {name!r} raised {said_by(error)}.")
 
 
 def _checked(name: str, rewards: Any, kwargs: dict[str, Any]) -> list[float | None]:
@@ -84,8 +80,9 @@ def _checked(name: str, rewards: Any, kwargs: dict[str, Any]) -> list[float | No
         )
     for row, reward in enumerate(rewards):
         if reward is not None and not _is_finite(reward):
+            shown = "a number that is too large" if type(reward) is int else repr(reward)
             raise InputError(
-                f"The reward function {name!r} returned {reward!r} for the completion {completions[row]!r} of the "
+                f"The reward function {name!r} returned {shown} for the completion {completions[row]!r} of the "
                 f"prompt {kwargs['prompts'][row]!r}. Return a finite number, or None where the function does not apply."
             )
     return rewards
@@ -94,7 +91,7 @@ def _checked(name: str, rewards: Any, kwargs: dict[str, Any]) -> list[float | No
 def _is_finite(reward: Any) -> bool:
     try:
         return math.isfinite(reward)
-    except (TypeError, ValueError, RuntimeError):  # text, a list, a tensor of several numbers
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # text, a list, a tensor of several numbers, 10**400
         return False
 
 

@@ -7,14 +7,14 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from hf_delta import __version__
+from hf_delta import __version__, private
 from hf_delta.run.papers import papers_of_adapter
 from hf_delta.run.paths import is_local
 from hf_delta.run.result import Result
 
 
 TRAINED_BY = {
-    "sft": "supervised fine-tuning (`SFTTrainer` of TRL)",
+    "sft": "supervised fine-tuning (`DeltaSFTTrainer`)",
     "dpo": "DPO (`DeltaDPOTrainer`)",
     "grpo": "GRPO (`DeltaGRPOTrainer`)",
 }
@@ -63,7 +63,9 @@ def local_card(result: Result, folder: str | None = None) -> ModelCard:
     """The card of a result as it lies on a disk: where it is, or in the directory where it was trained."""
     base = None if result.base is None else absolute(result.base)
     name = folder or str(result.folder.resolve())
-    return card_of(result, Names(name, base, result.values, revision=revision_of(result), dataset=result.dataset))
+    # It may be edited, and pushed as it is then.
+    values = private.without_secrets(result.values)
+    return card_of(result, Names(name, base, values, revision=revision_of(result), dataset=result.dataset))
 
 
 def revision_of(result: Result) -> str | None:
@@ -186,7 +188,10 @@ def _training(result: Result, names: Names) -> str:
     papers = [tuple(paper) for paper in result.manifest.get("papers", [])] + papers_of_adapter(result.adapter)
     if (trained := _exported_from(result)) is not None:
         papers += papers_of_adapter({"peft_type": f"HFD_{trained.upper()}"})
-    linked = [f"[{title}](https://huggingface.co/papers/{number})" for title, number in dict.fromkeys(papers)]
+    linked = [
+        f"[{title}](https://huggingface.co/papers/{number}) (arXiv:{number})"
+        for title, number in dict.fromkeys(papers)
+    ]
     rows = [
         ("Method", _methods(result)),
         ("Papers" if len(linked) > 1 else "Paper", "; ".join(linked)),
@@ -201,9 +206,9 @@ def _training(result: Result, names: Names) -> str:
     }
     if not keys:
         return table
-    return (
-        f"{table}\n\nThe recipe:\n\n```yaml\n{yaml.safe_dump(keys, sort_keys=False, allow_unicode=True).strip()}\n```"
-    )
+    # No line is broken, so that what stands in a value can be found in the text.
+    recipe = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=10**6).strip()
+    return f"{table}\n\nThe recipe:\n\n```yaml\n{recipe}\n```"
 
 
 def _methods(result: Result) -> str:

@@ -184,7 +184,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
         `InputError`: it cannot be read, or was written in a newer format.
     """
     path = run_dir / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         return None
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -192,7 +192,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any] | None:
         if not isinstance(manifest["method"], dict) or not isinstance(manifest.get("values", {}), dict):
             raise TypeError("method and values are no blocks of keys")
         known = known and isinstance(manifest.get("superseded", {}), dict)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path} cannot be read ({error!r}): it is damaged. Start in another output_dir.") from error
     if not known:
         raise InputError(

@@ -21,6 +21,12 @@ NO_TEMPLATE = (
     "and leave prompt_style out."
 )
 
+# Torch files of a checkpoint without sharding, and some of what is in each.
+_STATES = {
+    "optimizer.pt": {"state", "param_groups"},
+    "scheduler.pt": {"last_epoch"},
+    "rng_state*.pth": {"python", "numpy", "cpu"},
+}
 _ADAPTER, _MODEL = "adapter_model.safetensors", "model.safetensors"
 
 
@@ -110,8 +116,8 @@ def check_checkpoint(trainer: Trainer, checkpoint: str | Path) -> None:
     checkpoint = Path(checkpoint)
     state = checkpoint / "trainer_state.json"
     try:
-        TrainerState.load_from_json(str(state))
-    except (TypeError, ValueError, LookupError, OSError) as error:
+        _check_state(TrainerState.load_from_json(str(state)))
+    except (TypeError, ValueError, LookupError, OSError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{state} cannot be read ({error}): it is damaged, or of another transformers. Resume from an earlier checkpoint."
         ) from error
@@ -119,6 +125,7 @@ def check_checkpoint(trainer: Trainer, checkpoint: str | Path) -> None:
         return
     is_adapter = isinstance(trainer.model, PeftModel)
     file, other = (_ADAPTER, _MODEL) if is_adapter else (_MODEL, _ADAPTER)
+    _check_states(checkpoint)
     if (checkpoint / file).is_file():
         _compare(checkpoint / file, _of_adapter(trainer.model) if is_adapter else _parameters(trainer.model))
     elif (checkpoint / other).is_file():
@@ -127,6 +134,29 @@ def check_checkpoint(trainer: Trainer, checkpoint: str | Path) -> None:
             f"{checkpoint} holds the weights of {there}, and this run trains {here}. Resume with the recipe that wrote it, or "
             "start in another output_dir."
         )
+
+
+def _check_state(state: TrainerState) -> None:
+    """What transformers takes for granted."""
+    for key, kind in (("log_history", list), ("train_batch_size", int), ("epoch", (int, float)), ("max_steps", int)):
+        value = getattr(state, key)
+        if not isinstance(value, kind):
+            raise TypeError(f"{key} is {value!r:.40}")
+
+
+def _check_states(checkpoint: Path) -> None:
+    """Files of torch hold what they are called; those that only their own classes can read are left to these."""
+    for pattern, keys in _STATES.items():
+        for path in sorted(checkpoint.glob(pattern)):
+            try:
+                content = torch.load(path, map_location="meta", weights_only=True)
+            except Exception:  # noqa: S112
+                continue
+            if not isinstance(content, dict) or not keys <= content.keys():
+                raise InputError(
+                    f"{path} does not hold {', '.join(sorted(keys))}: it is damaged, or something else. Resume from an earlier "
+                    "checkpoint."
+                )
 
 
 def _compare(file: Path, tensors: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 def is_local(name: str) -> bool:
     """Whether the name of a model or file is a path here, and no id of the Hub."""
     path = Path(os.path.expanduser(name))
-    named_so = name.startswith((".", "~")) or "\\" in name or name.count("/") > 1
+    named_so = name.startswith((".", "~")) or "\\" in name or (name.count("/") > 1 and "://" not in name)
     return path.is_absolute() or named_so or os.path.exists(path)
 
 

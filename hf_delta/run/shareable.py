@@ -130,7 +130,8 @@ def _plain(path: Path, result: Result, repo: str, base: str | None) -> Path | by
 
 
 def _renamed(text: str, result: Result, repo: str, base: str | None) -> str:
-    known = {path: Path(path).name for path in result.manifest.get("local_paths", [])}
+    local = result.manifest.get("local_paths", [])
+    known = private.replaced(result.values, local) | {path: private.name_of(path) for path in local}
     known |= {folder: repo for folder in (str(result.folder.resolve()), result.manifest.get("output_dir")) if folder}
     if base is not None and result.base_is_local:
         names = (result.base, os.path.abspath(result.base), result.values.get("model_name_or_path"))

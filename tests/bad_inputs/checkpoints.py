@@ -3,10 +3,12 @@
 import json
 import shutil
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from hf_delta.checkpoint import STATE_FILE
 from tests.bad_inputs.case import Case, copied, recipe, run, slow
+from tests.bad_inputs.data import link
 from tests.bad_inputs.models import cut
 from tests.bad_inputs.world import RUNS
 from tests.running import LORA
@@ -101,6 +103,28 @@ def manifest(**changes):
 
 def no_manifest(path, world):
     (path / "run.json").unlink()
+
+
+def saved(name, content):
+    """Another content of a file of torch."""
+    return inside(lambda path, world: torch.save(content, path / name))
+
+
+def swapped(path, world):
+    shutil.copy(path / "scheduler.pt", path / "optimizer.pt")
+
+
+def no_rows(path, world):
+    file = path / "adapter_model.safetensors"
+    save_file({name: tensor[:0].contiguous() for name, tensor in load_file(file).items()}, file)
+
+
+def no_names(path, world):
+    save_file({}, path / "adapter_model.safetensors")
+
+
+def of_grpo(path, world):
+    shutil.copy(world.grpo_run / "checkpoint-2" / STATE_FILE, path / "checkpoint-2")
 
 
 def one_layer_less(path, world):
@@ -233,6 +257,121 @@ RESUMING = [
         "a field of a newer transformers in `trainer_state.json`",
         "out/checkpoint-2/trainer_state.json cannot be read (TrainerState.__init__() got an unexpected keyword argument 'quantum_state'): it is damaged, or of another transformers. Resume from an earlier checkpoint.",
         state(quantum_state=1),
+    ),
+    resumed(
+        "optimizer-list",
+        "sft",
+        "a list as `optimizer.pt`",
+        "out/checkpoint-2/optimizer.pt does not hold param_groups, state: it is damaged, or something else. Resume from an earlier checkpoint.",
+        saved("optimizer.pt", [1]),
+    ),
+    resumed(
+        "empty-optimizer",
+        "sft",
+        "an empty dict as `optimizer.pt`",
+        "out/checkpoint-2/optimizer.pt does not hold param_groups, state: it is damaged, or something else. Resume from an earlier checkpoint.",
+        saved("optimizer.pt", {}),
+    ),
+    resumed(
+        "scheduler-list",
+        "sft",
+        "a list as `scheduler.pt`",
+        "out/checkpoint-2/scheduler.pt does not hold last_epoch: it is damaged, or something else. Resume from an earlier checkpoint.",
+        saved("scheduler.pt", [1]),
+    ),
+    resumed(
+        "scheduler-as-optimizer",
+        "sft",
+        "`scheduler.pt` as `optimizer.pt`",
+        "out/checkpoint-2/optimizer.pt does not hold param_groups, state: it is damaged, or something else. Resume from an earlier checkpoint.",
+        inside(swapped),
+    ),
+    resumed(
+        "random-state-list",
+        "sft",
+        "a list as `rng_state.pth`",
+        "out/checkpoint-2/rng_state.pth does not hold cpu, numpy, python: it is damaged, or something else. Resume from an earlier checkpoint.",
+        saved("rng_state.pth", [1]),
+    ),
+    resumed(
+        "log-as-text",
+        "sft",
+        "`log_history: none` in `trainer_state.json`",
+        "out/checkpoint-2/trainer_state.json cannot be read (log_history is 'none'): it is damaged, or of another transformers. Resume from an earlier checkpoint.",
+        state(log_history="none"),
+    ),
+    resumed(
+        "batch-as-text",
+        "sft",
+        "`train_batch_size: four` in `trainer_state.json`",
+        "out/checkpoint-2/trainer_state.json cannot be read (train_batch_size is 'four'): it is damaged, or of another transformers. Resume from an earlier checkpoint.",
+        state(train_batch_size="four"),
+    ),
+    resumed(
+        "steps-as-text",
+        "sft",
+        "`max_steps: all` in `trainer_state.json`",
+        "out/checkpoint-2/trainer_state.json cannot be read (max_steps is 'all'): it is damaged, or of another transformers. Resume from an earlier checkpoint.",
+        state(max_steps="all"),
+    ),
+    resumed(
+        "callbacks-as-text",
+        "sft",
+        "`stateful_callbacks: all` in `trainer_state.json`",
+        "out/checkpoint-2/trainer_state.json cannot be read (All callbacks passed to be saved must inherit `ExportableState`, but received <class 'str'>): it is damaged, or of another transformers. Resume from an earlier checkpoint.",
+        state(stateful_callbacks="all"),
+    ),
+    resumed(
+        "no-rows-of-weights",
+        "sft",
+        "weights of no rows",
+        "out/checkpoint-2/adapter_model.safetensors does not fit the model of this run: base_model.model.model.layers.0.mlp.down_proj.lora_A.weight is [0, 256] there and [4, 256] here. Resume with the recipe that wrote it, or from an earlier checkpoint.",
+        inside(no_rows),
+    ),
+    resumed(
+        "no-names-of-weights",
+        "sft",
+        "weights of no names",
+        "out/checkpoint-2/adapter_model.safetensors does not fit the model of this run: base_model.model.model.layers.0.mlp.down_proj.lora_A.weight is not there. Resume with the recipe that wrote it, or from an earlier checkpoint.",
+        inside(no_names),
+    ),
+    resumed(
+        "state-of-another-trainer",
+        "dpo",
+        "our state file of a run of grpo",
+        "out/checkpoint-2/hf_delta_state.safetensors belongs to another method (loss_type: 'delta_l' there, ['sigmoid'] here; feasible: None there, True here). Resume with the recipe that wrote it, or start a new run in another output_dir.",
+        of_grpo,
+    ),
+    resumed(
+        "no-state",
+        "dpo",
+        "no state file of ours",
+        "out/checkpoint-2/hf_delta_state.safetensors is not there: the checkpoint was written by another loss. Resume with the recipe that wrote it, or start a new run in another output_dir.",
+        without(STATE_FILE),
+    ),
+    resumed(
+        "manifest-directory",
+        "sft",
+        "`run.json` is a directory",
+        "out/run.json cannot be read (IsADirectoryError(21, 'Is a directory')): it is damaged. Start in another output_dir.",
+        lambda path, world: ((path / "run.json").unlink(), (path / "run.json").mkdir()),
+        checkpoint="true",
+    ),
+    resumed(
+        "manifest-deep",
+        "sft",
+        "`run.json` is 100000 nested lists",
+        "out/run.json cannot be read (…): it is damaged. Start in another output_dir.",
+        text("run.json", "[" * 100000),
+        checkpoint="true",
+    ),
+    resumed(
+        "manifest-in-utf-16",
+        "sft",
+        "`run.json` in UTF-16",
+        "out/run.json cannot be read (UnicodeDecodeError('utf-8', b'\\xff\\xfe{\\x00}\\x00', 0, 1, 'invalid start byte')): it is damaged. Start in another output_dir.",
+        lambda path, world: (path / "run.json").write_bytes("{}".encode("utf-16")),
+        checkpoint="true",
     ),
     resumed(
         "cut-state",
@@ -588,6 +727,64 @@ DIRECTORIES = [
         "sft",
         {"output_dir": "playground"},
         "output_dir: playground is not empty, and what is in it is no run of hf_delta (eval.jsonl, lists.jsonl, model, …). Choose another output_dir.",
+    ),
+    run(
+        "output-is-a-link-to-itself",
+        "sft",
+        {"output_dir": "loop"},
+        "output_dir: loop cannot be written: it is a link to what is not there.",
+        given="`output_dir` is a link to itself",
+        files={"loop": link("loop")},
+    ),
+    run(
+        "output-is-a-link-to-nowhere",
+        "dpo",
+        {"output_dir": "gone"},
+        "output_dir: gone cannot be written: it is a link to what is not there.",
+        given="`output_dir` is a link to what is not there",
+        files={"gone": link("nowhere/at/all")},
+    ),
+    run(
+        "output-below-a-link-to-itself",
+        "grpo",
+        {"output_dir": "loop/out"},
+        "output_dir: loop/out cannot be written: loop is no directory that you may write to.",
+        given="`output_dir` lies below a link to itself",
+        files={"loop": link("loop")},
+    ),
+    run(
+        "output-of-nobody",
+        "sft",
+        {"output_dir": "~nobody-here/out"},
+        "output_dir: ~nobody-here/out cannot be written: there is no user 'nobody-here' here.",
+    ),
+    run(
+        "output-long-name",
+        "sft",
+        {"output_dir": "a" * 300},
+        "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa…: the name of a file or directory is too long. Write a shorter one.",
+        given="a name of 300 letters as `output_dir`",
+    ),
+    run(
+        "output-nul",
+        "sft",
+        {"output_dir": "a\0b"},
+        "recipe.yaml:4: 'a\\x00b' cannot be read as !!str (there is a NUL character in it, which neither names nor texts have).",
+        given='`output_dir: "a\\0b"`',
+    ),
+    run(
+        "playground-long-name",
+        "sft",
+        {"playground": "a" * 300},
+        "…: the name of a file or directory is too long. Write a shorter one.",
+        given="a name of 300 letters as `playground`",
+    ),
+    run(
+        "resume-long-name",
+        "sft",
+        {"resume_from_checkpoint": "a" * 300},
+        "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa…: the name of a file or directory is too long. Write a shorter one.",
+        given="a name of 300 letters as `resume_from_checkpoint`",
     ),
     run(
         "half-a-playground",

@@ -1,5 +1,7 @@
 """Bad data: files that are not there or not what their name says, rows that lack something, columns of the wrong kind."""
 
+import gzip
+
 from tests.bad_inputs.case import Case, rows, run
 
 
@@ -15,6 +17,10 @@ GDRO = {"prompt_weighting": "prompt_gdro", "prompt_groups": "topic", "per_device
 
 def directory(path, world):
     path.mkdir()
+
+
+def link(target):
+    return lambda path, world: path.symlink_to(target)
 
 
 FILES = [
@@ -51,13 +57,13 @@ FILES = [
         "dataset-without-network",
         "sft",
         {"dataset_name": "trl-lib/no-such-dataset"},
-        "dataset_name: trl-lib/no-such-dataset (train) cannot be loaded: Couldn't reach 'trl-lib/no-such-dataset' on the Hub (OfflineModeIsEnabled)",
+        "dataset_name: trl-lib/no-such-dataset (train) cannot be loaded: Couldn't reach 'trl-lib/no-such-dataset' on the Hub (OfflineModeIsEnabled). Is its name right, and the Hub within reach?",
     ),
     run(
         "dataset-name-of-nonsense",
         "sft",
         {"dataset_name": "no such dataset!"},
-        "dataset_name: no such dataset! (train) cannot be loaded: Couldn't reach 'no such dataset!' on the Hub (OfflineModeIsEnabled)",
+        "dataset_name: no such dataset! (train) cannot be loaded: Couldn't reach 'no such dataset!' on the Hub (OfflineModeIsEnabled). Is its name right, and the Hub within reach?",
     ),
     rows("empty", "sft", "", "rows.jsonl has no rows.", "an empty file"),
     rows("blank-lines", "grpo", "\n  \n\n", "rows.jsonl has no rows.", "blank lines only"),
@@ -170,6 +176,80 @@ FILES = [
         "b.jsonl has text, and a.jsonl prompt, completion: write both alike.",
         given="two files, `prompt` and `completion` in one and `text` in the other",
         files={"a.jsonl": [TOLD], "b.jsonl": [{"text": "1+1:2"}]},
+    ),
+    rows("null", "sft", "null\n", "rows.jsonl:1: null is no row. Remove it.", "a line `null`"),
+    rows(
+        "null-in-row-2",
+        "grpo",
+        '{"prompt": "1+1:", "answer": "2"}\nnull\n',
+        "rows.jsonl:2: null is no row. Remove it.",
+        "a line `null` in row 2",
+    ),
+    rows("null", "dpo", "null", "rows.json: null is no row. Remove it.", "`null` in `.json`", name="rows.json"),
+    rows(
+        "key-twice",
+        "sft",
+        '{"prompt": "1", "prompt": "2", "completion": "3"}\n',
+        "rows.jsonl:1: 'prompt' stands there twice.",
+        "a key that a row has twice",
+    ),
+    rows(
+        "surrogate",
+        "dpo",
+        '{"prompt": "1", "chosen": "\\ud800", "rejected": "2"}\n',
+        "rows.jsonl:1: half of a surrogate pair (\\ud800 to \\udfff), which is no text.",
+        "half of a surrogate pair",
+    ),
+    rows(
+        "nested-lists",
+        "sft",
+        '{"prompt": "1", "x": ' + "[" * 2000 + "]" * 2000 + "}\n",
+        "rows.jsonl:1: a value is nested too deeply.",
+        "2000 nested lists",
+    ),
+    rows(
+        "nested-blocks",
+        "sft",
+        '{"prompt": "1", "x": ' + '{"a":' * 500 + "1" + "}" * 500 + "}\n",
+        "rows.jsonl: a value is nested too deeply.",
+        "500 nested blocks",
+    ),
+    rows(
+        "archive",
+        "sft",
+        b"PK\x03\x04" + bytes(64),
+        "rows.jsonl: an archive that cannot be unpacked: File is not a zip file",
+        "an archive that is cut off and called `.jsonl`",
+    ),
+    rows(
+        "cut-gzip",
+        "sft",
+        gzip.compress(b'{"prompt": "1", "completion": "2"}\n' * 99)[:-9],
+        "rows.jsonl: an archive that cannot be unpacked: Compressed file ended before the end-of-stream marker was reached",
+        "a compressed file that is cut off",
+    ),
+    rows(
+        "latin-1",
+        "sft",
+        "prompt,completion\né,2\n".encode("latin-1"),
+        "rows.csv: not UTF-8 text (unexpected end of data). Save it as UTF-8.",
+        "a `.csv` in Latin-1",
+        name="rows.csv",
+    ),
+    run(
+        "link-to-itself",
+        "sft",
+        {"train_file": "rows.jsonl"},
+        "train_file: rows.jsonl does not exist.",
+        given="`train_file` is a link to itself",
+        files={"rows.jsonl": link("rows.jsonl")},
+    ),
+    run(
+        "long-name",
+        "sft",
+        {"train_file": f"{'a' * 300}.jsonl"},
+        "train_file: … does not exist.",
+        given="a name of 300 letters as `train_file`",
     ),
 ]
 
@@ -551,6 +631,41 @@ COLUMNS_AND_ROWS = [
         train_file="playground/train.jsonl",
         eval_file="rows.jsonl",
         evaluate_pass_at=[1],
+    ),
+    rows(
+        "labels",
+        "sft",
+        [{**TOLD, "labels": 1}],
+        "rows.jsonl has the column 'labels', which SFT takes for tokens, beside 'input_ids'. Rename it with dataset_columns: {another_name: labels}, or remove it.",
+        "a column `labels` beside texts",
+    ),
+    rows(
+        "labels-of-another-length",
+        "sft",
+        [{"input_ids": [1, 2, 3], "labels": [1, 2]}],
+        "rows.jsonl: row 1: 'labels' is [1, 2], and must be a list of 3 whole numbers, one for each of 'input_ids'.",
+        "two `labels` for three `input_ids`",
+    ),
+    rows(
+        "mask-as-text",
+        "sft",
+        [{"input_ids": [1, 2, 3], "completion_mask": "011"}],
+        "rows.jsonl: row 1: 'completion_mask' is '011', and must be a list of 3 whole numbers, one for each of 'input_ids'.",
+        "a text as `completion_mask`",
+    ),
+    rows(
+        "token-ids-of-bools",
+        "sft",
+        [{"input_ids": [True, False]}],
+        "rows.jsonl: row 1: 'input_ids' is [True, False], which is no list of the numbers of tokens.",
+        "true and false as `input_ids`",
+    ),
+    rows(
+        "role-as-number",
+        "sft",
+        [{"messages": [{"role": 1, "content": "1+1:"}]}],
+        "rows.jsonl: row 1: 'messages' is [{'role': 1, 'content': '1+1:'}], which is not a list of messages {role: …, content: …}.",
+        "a number as `role`",
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 import json
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.bad_inputs.case import copied, run
@@ -105,6 +106,45 @@ def more_tokens(path, world):
         }
     )
     (path / "tokenizer.json").write_text(json.dumps(content))
+
+
+def tokenizer(**changes):
+    """Keys of `tokenizer_config.json`, changed; `None` removes them."""
+
+    def change(path, world):
+        content = {**json.loads((path / "tokenizer_config.json").read_text()), **changes}
+        content = {key: value for key, value in content.items() if value is not None}
+        (path / "tokenizer_config.json").write_text(json.dumps(content))
+
+    return change
+
+
+def no_vocabulary(path, world):
+    content = json.loads((path / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {}
+    (path / "tokenizer.json").write_text(json.dumps(content))
+
+
+def a_directory(name):
+    return lambda path, world: ((path / name).unlink(), (path / name).mkdir())
+
+
+def other_index(content):
+    return lambda path, world: ((path / WEIGHTS).unlink(), (path / f"{WEIGHTS}.index.json").write_text(content))
+
+
+def saved(content):
+    return lambda path, world: ((path / WEIGHTS).unlink(), torch.save(content, path / "pytorch_model.bin"))
+
+
+def no_rows(content):
+    for name in content:
+        content[name] = content[name][:0].contiguous()
+
+
+def transposed(content):
+    name = next(name for name in content if "down_proj" in name)
+    content[name] = content[name].T.contiguous()
 
 
 def case(id, trainer, given, says, change, **changes):
@@ -374,5 +414,211 @@ CASES = [
                 ),
             )
         },
+    ),
+    *(
+        case(
+            "no-end",
+            trainer,
+            "a tokenizer without `eos_token`",
+            "model_name_or_path: the tokenizer in model has no eos_token, so that no text would end. Write it into tokenizer_config.json.",
+            tokenizer(eos_token=None, pad_token=None),
+        )
+        for trainer in ("sft", "dpo", "grpo")
+    ),
+    case(
+        "tokenizer-list",
+        "sft",
+        "`tokenizer_config.json` is a list",
+        "model_name_or_path: the tokenizer in model cannot be loaded ('list' object has no attribute 'get'). Save or download it again.",
+        text("tokenizer_config.json", "[]"),
+    ),
+    case(
+        "tokenizer-empty",
+        "grpo",
+        "`tokenizer.json` of 0 bytes",
+        "model_name_or_path: the tokenizer in model cannot be loaded (Expecting value: line 1 column 1 (char 0)). Save or download it again.",
+        text("tokenizer.json", ""),
+    ),
+    case(
+        "tokenizer-without-vocabulary",
+        "sft",
+        "a tokenizer without vocabulary",
+        "model_name_or_path: the tokenizer in model cannot be loaded (WordLevel error: Missing [UNK] token from the vocabulary). Save or download it again.",
+        no_vocabulary,
+    ),
+    case(
+        "end-as-number",
+        "sft",
+        "`eos_token: 3` in `tokenizer_config.json`",
+        "model_name_or_path: the tokenizer in model cannot be loaded (Special token eos_token has to be either str or AddedToken but got: <class 'int'>). Save or download it again.",
+        tokenizer(eos_token=3),
+    ),
+    case(
+        "end-that-is-no-token",
+        "grpo",
+        "`eos_token: <nope>`, which is no token of the model",
+        "model_name_or_path: the model has embeddings for 21 tokens, and its tokenizer gives '<nope>' the number 21. Take the tokenizer of this model, or resize the embeddings (resize_token_embeddings) and save it.",
+        tokenizer(eos_token="<nope>"),
+    ),
+    case(
+        "pad-beyond-embeddings",
+        "dpo",
+        "`pad_token_id: 999` in `config.json`",
+        "model/config.json describes no model that transformers can build (AssertionError: Padding_idx must be within num_embeddings).",
+        config(pad_token_id=999),
+    ),
+    case(
+        "no-vocabulary",
+        "sft",
+        "`vocab_size: 0` in `config.json`",
+        "model/config.json describes no model that transformers can build (IndexError: index 0 is out of bounds for dimension 0 with size 0).",
+        config(vocab_size=0),
+    ),
+    case(
+        "no-heads",
+        "sft",
+        "`num_attention_heads: 0` in `config.json`",
+        "model/config.json describes no model that transformers can build (ZeroDivisionError: integer division or modulo by zero).",
+        config(num_attention_heads=0),
+    ),
+    case(
+        "activation-typo",
+        "sft",
+        "`hidden_act: gelluu` in `config.json`",
+        "model/config.json describes no model that transformers can build (KeyError: 'gelluu').",
+        config(hidden_act="gelluu"),
+    ),
+    case(
+        "other-layers",
+        "sft",
+        "`num_hidden_layers: 9` in `config.json`",
+        "model_name_or_path: model has no usable config.json (Class validation error for validator 'validate_layer_type': ValueError: `num_hidden_layers` (9) must be equal to the number of `layer_types` (2)).",
+        config(num_hidden_layers=9),
+    ),
+    case(
+        "architecture-typo",
+        "sft",
+        "`architectures: [Qwen3ForCasualLM]` in `config.json`",
+        "model_name_or_path: model/config.json names the architecture 'Qwen3ForCasualLM', which this transformers does not have.",
+        config(architectures=["Qwen3ForCasualLM"]),
+    ),
+    case(
+        "dtype-typo",
+        "sft",
+        "`dtype: float12` in `config.json`",
+        "model_name_or_path: model has no usable config.json (module 'torch' has no attribute 'float12').",
+        config(dtype="float12"),
+    ),
+    case(
+        "config-directory",
+        "sft",
+        "`config.json` is a directory",
+        "model_name_or_path: model has no usable config.json (Unrecognized model in model. Should have a `model_type` key in its config.json).",
+        a_directory("config.json"),
+    ),
+    case(
+        "weights-directory",
+        "sft",
+        "`model.safetensors` is a directory",
+        "model holds no model.safetensors and no model.safetensors.index.json. Pickled weights are not read: load the model with transformers and save it again, save_pretrained writes safetensors.",
+        a_directory(WEIGHTS),
+    ),
+    case(
+        "generation-list",
+        "grpo",
+        "`generation_config.json` is a list",
+        "model_name_or_path: model/generation_config.json is damaged ('list' object is not a mapping). Delete it, or save the model again.",
+        text("generation_config.json", "[]"),
+    ),
+    case(
+        "index-of-nothing",
+        "sft",
+        "an index without `weight_map`",
+        "model/model.safetensors.index.json is damaged: its weight_map does not name a file for each tensor.",
+        other_index("{}"),
+    ),
+    case(
+        "index-of-numbers",
+        "sft",
+        "an index that names a number as file",
+        "model/model.safetensors.index.json is damaged: its weight_map does not name a file for each tensor.",
+        other_index('{"weight_map": {"lm_head.weight": 3}}'),
+    ),
+    case(
+        "index-list",
+        "sft",
+        "an index that is a list",
+        "model/model.safetensors.index.json is no JSON object.",
+        other_index("[]"),
+    ),
+    case(
+        "zero-rows",
+        "sft",
+        "weights of no rows",
+        "model_name_or_path: model/model.safetensors has model.embed_tokens.weight of shape [0, 64], and config.json says [21, 64]: they are not of one model.",
+        tensors(no_rows),
+    ),
+    case(
+        "transposed",
+        "sft",
+        "a weight that is transposed",
+        "model_name_or_path: model/model.safetensors has model.layers.0.mlp.down_proj.weight of shape [256, 64], and config.json says [64, 256]: they are not of one model.",
+        tensors(transposed),
+    ),
+    case(
+        "other-pickle",
+        "sft",
+        "other weights in `pytorch_model.bin`",
+        "model_name_or_path: the weights in model lack lm_head.weight and 24 more, which would be drawn at random. Save or download the model again.",
+        saved({"scale": torch.ones(2)}),
+    ),
+    case(
+        "pickled-list",
+        "sft",
+        "a list in `pytorch_model.bin`",
+        "model_name_or_path: model/pytorch_model.bin holds no weights that torch.save wrote: it is cut short, or something else. Save or download the model again.",
+        saved([1, 2]),
+    ),
+    *(
+        case(
+            "template-of-nothing",
+            trainer,
+            "a chat template that is empty",
+            "The chat template makes an empty text of the prompt ….",
+            text("chat_template.jinja", ""),
+            prompt_style="conversational",
+        )
+        for trainer in ("sft", "dpo", "grpo")
+    ),
+    case(
+        "template-that-divides",
+        "sft",
+        "a chat template that divides by zero",
+        "recipe.yaml: the chat template of the tokenizer fails: division by zero. Correct it, or write chat_template_path: <another>.",
+        text("chat_template.jinja", "{{ 1 / 0 }}"),
+        prompt_style="conversational",
+    ),
+    case(
+        "template-of-unknowns",
+        "dpo",
+        "a chat template that uses an unknown name",
+        "recipe.yaml: the chat template of the tokenizer fails: 'user' is undefined. Correct it, or write chat_template_path: <another>.",
+        text("chat_template.jinja", "{{ user.name }}"),
+        prompt_style="conversational",
+    ),
+    case(
+        "template-that-is-no-text",
+        "grpo",
+        "a chat template of bytes that are no text",
+        "model_name_or_path: the tokenizer in model cannot be loaded ('utf-8' codec can't decode byte 0xff in position 0: invalid start byte). Save or download it again.",
+        lambda path, world: (path / "chat_template.jinja").write_bytes(b"\xff"),
+        prompt_style="conversational",
+    ),
+    run(
+        "model-long-name",
+        "sft",
+        {"model_name_or_path": "a" * 300},
+        "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa…: the name of a file or directory is too long. Write a shorter one.",
+        given="a name of 300 letters as `model_name_or_path`",
     ),
 ]

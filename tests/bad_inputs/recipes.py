@@ -763,8 +763,8 @@ PEFT = [
     run(
         "bone-rank-that-does-not-divide",
         "sft",
-        {"peft_config": {"method": "bone", "r": 7, "mode": "bat", "target_modules": "all-linear"}},
-        "recipe.yaml: peft_config: mode is 'bat': write one of bone, row, mini, bat_row, bat_col.",
+        {"peft_config": {"method": "bone", "r": 7, "mode": "bat_row", "target_modules": "all-linear"}},
+        "model.layers.0.self_attn.q_proj: mode: bat_row cuts the weight into blocks of r x r, and r = 7 does not divide both the 64 inputs and the 64 outputs of this layer: take r = 4, or mode: bone.",
     ),
     run(
         "pmss-rank",

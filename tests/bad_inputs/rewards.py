@@ -154,6 +154,43 @@ NAMES = [
         "a maker of functions that raises",
         name={"my_rewards.make": {"scale": -1}},
     ),
+    module(
+        "type",
+        "reward = int\n",
+        "reward_funcs: my_rewards.reward does not say which parameters it has. Write a function.",
+        "a class of Python's own",
+    ),
+    module(
+        "no-parameters",
+        "def reward():\n    return []\n",
+        "The reward function reward has no parameter for answer, completion_ids, completions, level, log_extra, log_metric, prompt_id, prompts, trainer_state, which TRL passes: add **kwargs to its parameters.",
+        "a reward function without parameters",
+    ),
+    module(
+        "imports-itself",
+        "from my_rewards import reward\n",
+        "reward_funcs: my_rewards.reward: cannot import my_rewards (cannot import name 'reward' from partially initialized module 'my_rewards' (most likely due to a circular import) (my_rewards.py)).",
+        "a module that imports itself",
+    ),
+    module(
+        "null-bytes",
+        "reward = '\0'\n",
+        "reward_funcs: my_rewards.reward: my_rewards fails when it is imported (SyntaxError: source code string cannot contain null bytes).",
+        "a module with a NUL byte",
+    ),
+    module(
+        "maker-exits",
+        "import sys\n\n\ndef make(scale):\n    sys.exit(3)\n",
+        "reward_funcs: my_rewards.make{'scale': 1} raised SystemExit: 3",
+        "a maker of functions that exits",
+        name={"my_rewards.make": {"scale": 1}},
+    ),
+    run(
+        "reward-without-module",
+        "grpo",
+        {"reward_funcs": ["len"]},
+        "reward_funcs: no reward function 'len'; there are accuracy_reward, get_cosine_scaled_reward, get_repetition_penalty_reward, get_soft_overlong_punishment, playground_digit_reward, playground_reward, reasoning_accuracy_reward, think_format_reward.",
+    ),
 ]
 
 RETURNS = [
@@ -222,6 +259,54 @@ RETURNS = [
         "return ['1.0'] * len(completions)",
         "The reward function 'reward' returned '1.0' for the completion …. Return a finite number, or None where the function does not apply.",
         "that returns numbers as texts",
+    ),
+    reward(
+        "too-large",
+        "return [10**400] * len(completions)",
+        "The reward function 'reward' returned a number that is too large for the completion …. Return a finite number, or None where the function does not apply.",
+        "that returns 10**400",
+    ),
+    reward(
+        "arrays",
+        "import numpy; return numpy.ones((len(completions), 2))",
+        "The reward function 'reward' returned array([1., 1.]) for the completion …. Return a finite number, or None where the function does not apply.",
+        "that returns two numbers for each completion",
+    ),
+    reward(
+        "tensor-of-one",
+        "import torch; return torch.ones(())",
+        "The reward function 'reward' returned Tensor; it must return a list with one reward per completion.",
+        "that returns one tensor",
+    ),
+    reward(
+        "too-many",
+        "return [1.0] * (len(completions) + 1)",
+        "The reward function 'reward' returned 5 rewards for 4 completions; it must return one reward per completion.",
+        "that returns a reward too many",
+    ),
+    reward(
+        "recursion",
+        "return reward(completions, **kwargs)",
+        "The reward function 'reward' raised RecursionError: … (my_rewards.py, line 2).",
+        "that calls itself",
+    ),
+    reward(
+        "raises-in-lines",
+        "raise ValueError('one' + chr(10) + 'two')",
+        "The reward function 'reward' raised ValueError: one two (my_rewards.py, line 2).",
+        "that raises with words in two lines",
+    ),
+    module(
+        "raises-what-has-no-words",
+        "class Oops(Exception):\n    def __str__(self):\n        raise RuntimeError\n\n\ndef reward(completions, **kwargs):\n    raise Oops\n",
+        "The reward function 'reward' raised Oops (my_rewards.py, line 7).",
+        "a reward function that raises what cannot be printed",
+    ),
+    module(
+        "position-only",
+        "def reward(completions, /, **kwargs):\n    return [1.0] * len(completions)\n",
+        "The reward function 'reward' raised TypeError: reward() missing 1 required positional argument: 'completions' (…).",
+        "a reward function whose parameter has no name",
     ),
     reward(
         "block",
@@ -306,7 +391,7 @@ RULES = [
         "transform-that-raises",
         "grpo",
         {"advantage_transforms": ["my_rules.rule"]},
-        "The advantage transform my_rules.rule raised KeyError: 'level'",
+        "The advantage transform my_rules.rule raised KeyError: 'level' (my_rules.py, line 2)",
         given="an own weight rule that raises",
         files={"my_rules.py": "def rule(batch):\n    raise KeyError('level')\n"},
     ),
@@ -332,7 +417,7 @@ RULES = [
         "allocation-that-raises",
         "grpo",
         {"rollout_allocation": "my_rules.rule"},
-        "rollout_allocation: my_rules.rule raised KeyError: 'level'",
+        "rollout_allocation: my_rules.rule raised KeyError: 'level' (my_rules.py, line 2)",
         beside=TWO_PROMPTS,
         given="an own budget rule that raises",
         files={"my_rules.py": "def rule(batch):\n    raise KeyError('level')\n"},
@@ -352,7 +437,7 @@ RULES = [
         "token-rule-that-raises",
         "dpo",
         {"token_weights": "my_rules.rule"},
-        "token weights my_rules.rule: it raised KeyError: 'level'",
+        "token weights my_rules.rule: it raised KeyError: 'level' (my_rules.py, line 2)",
         given="an own rule of token weights that raises",
         files={"my_rules.py": "def rule(batch):\n    raise KeyError('level')\n"},
     ),
@@ -367,5 +452,5 @@ RULES = [
 ]
 
 # Each takes a step of training.
-RETURNS = slow(RETURNS, but=["grpo-raises", "grpo-too-few", "grpo-nan", "grpo-judge-raises"])
+RETURNS = slow(RETURNS, but=["grpo-raises", "grpo-too-few", "grpo-too-large", "grpo-judge-raises"])
 RULES = slow(RULES, but=["grpo-transform-that-raises", "dpo-token-rule-that-raises"])

@@ -61,9 +61,16 @@ class World:
             write_manifest(load_recipe("recipe.yaml"), None)
         path = Path(shutil.move(self.folder / "out", self.folder / "sft_run"))
         shutil.copytree(self.adapter, path / "checkpoint-2")
-        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
-            torch.save({"step": torch.tensor(2)}, path / "checkpoint-2" / name)
-        TrainerState(global_step=2, max_steps=2).save_to_json(str(path / "checkpoint-2" / "trainer_state.json"))
+        states = {
+            "optimizer.pt": {"state": {}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+            "scheduler.pt": {"last_epoch": 2},
+            "rng_state.pth": {"python": (), "numpy": (), "cpu": torch.zeros(3, dtype=torch.uint8)},
+        }
+        for name, state in states.items():
+            torch.save(state, path / "checkpoint-2" / name)
+        TrainerState(epoch=1.0, global_step=2, max_steps=2, train_batch_size=4).save_to_json(
+            str(path / "checkpoint-2" / "trainer_state.json")
+        )
         return path
 
     @cached_property

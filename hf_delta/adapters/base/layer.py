@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_delta._compat.peft import TunerLayerHooks, in_out_features
-from hf_delta._compat.torch import runs_plainly, write_count
+from hf_delta._compat.torch import is_plain_parameter, runs_plainly, write_count
 from hf_delta.adapters.base.config import DeltaAdapterConfig
 from hf_delta.adapters.base.merging import MergedWeight
 from hf_delta.errors import InputError
@@ -239,7 +239,7 @@ class DeltaLinear(nn.Module, TunerLayerHooks):
     def _can_fuse(base: nn.Linear, x: torch.Tensor) -> bool:
         weight, bias = base.weight, base.bias
         return (
-            type(weight) is nn.Parameter
+            is_plain_parameter(weight)
             and x.dtype == weight.dtype
             and not weight.requires_grad
             and (bias is None or not bias.requires_grad)

@@ -40,7 +40,8 @@ class DeltaModel(TunerHooks):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Put an adapter into every target, with a bar if what is derived from the weights takes long."""
-        hidden = int(os.environ.get("LOCAL_RANK", "0")) != 0
+        # Without weights nothing is derived from them.
+        hidden = int(os.environ.get("LOCAL_RANK", "0")) != 0 or next(model.parameters()).is_meta
         with tqdm(desc=f"Adapter {adapter_name}", unit="layer", delay=PATIENCE, leave=False, disable=hidden) as bar:
             self.bar = bar
             try:

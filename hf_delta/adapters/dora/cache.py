@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from hf_delta._compat.torch import write_count
+from hf_delta._compat.torch import has_values, write_count
 from hf_delta.adapters.dora.base_weight import base_square_norms, base_times_transposed, stored_weight
 from hf_delta.adapters.dora.functions import usable_norm
 from hf_delta.ops.norms import factored_row_norms
@@ -168,7 +168,7 @@ class NormCache:
     def some_zero(self, known: KnownNorm, magnitude: torch.Tensor) -> bool:
         """Whether any magnitude is exactly 0; asked of a device once per norm that lasts."""
         if known.some_zero is None:
-            known.some_zero = bool((magnitude == 0).any())
+            known.some_zero = has_values(magnitude) and bool((magnitude == 0).any())
         return known.some_zero
 
     def _compute(

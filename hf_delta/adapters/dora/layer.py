@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hf_delta._compat.dora import DoraLinearLayer, is_dora
-from hf_delta._compat.torch import runs_plainly
+from hf_delta._compat.torch import is_plain_parameter, runs_plainly
 from hf_delta.adapters.dora.cache import NORMS
 from hf_delta.adapters.dora.functions import FusedDora, compose_change
 from hf_delta.adapters.dora.rollout import make_plan, planned_output
@@ -139,9 +139,9 @@ def _takes_plain_tensors(
 ) -> bool:
     return (
         x.dtype == weight.dtype
-        and type(weight) is nn.Parameter
+        and is_plain_parameter(weight)
         and not weight.requires_grad
         and (bias is None or not bias.requires_grad)
-        and all(type(tensor) is nn.Parameter and tensor.device == weight.device for tensor in adapter)
+        and all(is_plain_parameter(tensor) and tensor.device == weight.device for tensor in adapter)
         and not torch.is_autocast_enabled(x.device.type)
     )

@@ -224,7 +224,7 @@ def empty_model(folder: Path) -> PreTrainedModel:
 def _with_adapter(
     model: PreTrainedModel, config: PeftConfig, tensors: dict[str, torch.Tensor], base: Path
 ) -> PeftModel:
-    another = f"The adapter was made for another base model than {base}, or its file is damaged."
+    another = f"The adapter was made for another base model than {base}, or its file is damaged"
     own = copy.deepcopy(config)
     own.inference_mode = True
     try:
@@ -237,14 +237,14 @@ def _with_adapter(
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
-        raise InputError(f"{reason.rstrip('.')}. {another}") from error
+        raise InputError(f"{another} ({reason.rstrip('.')}).") from error
     if result.unexpected_keys:
-        raise InputError(f"the model has no place for {result.unexpected_keys[0]}. {another}")
+        raise InputError(f"{another}: the model has no place for {result.unexpected_keys[0]}.")
     for name, layer in adapted_layers(wrapped, ADAPTER).items():
         for part in layer.adapter_layer_names:
             held = getattr(layer, part, None)
             if isinstance(held, nn.Module) and any(t.is_meta for t in held.state_dict().values()):
-                raise InputError(f"the adapter has no {part} for {name}. {another}")
+                raise InputError(f"{another}: it has no {part} for {name}.")
     return wrapped
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from hf_delta.errors import InputError
+from hf_delta.errors import InputError, said_by
 from hf_delta.preference.weights.base import NEEDS, TokenBatch, TokenTerms, TokenWeights
 
 
@@ -81,7 +81,7 @@ def terms_of(rule: TokenWeights, batch: TokenBatch, name: str) -> TokenTerms:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"token weights {name}: it raised {type(error).__name__}: {error}") from error
+        raise InputError(f"token weights {name}: it raised {said_by(error)}") from error
     return checked_terms(terms, batch, name)
 
 

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from hf_delta.errors import InputError
+from hf_delta.errors import InputError, said_by
 
 
 # What a rule gets only if its `needs` names it: fields of a batch, and for `losses` the method `on_losses`.
@@ -115,9 +115,7 @@ def combine_weights(transforms: Sequence[AdvantageTransform], batch: RolloutBatc
         try:
             found = transform(batch)
         except Exception as error:
-            raise InputError(
-                f"The advantage transform {transform_name(transform)} raised {type(error).__name__}: {error}"
-            ) from error
+            raise InputError(f"The advantage transform {transform_name(transform)} raised {said_by(error)}") from error
         weights = weights * _checked(transform, found, len(batch))
     return weights.float()
 
