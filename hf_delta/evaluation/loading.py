@@ -32,7 +32,11 @@ def load_model_and_tokenizer(
     device = device or default_device()
     check_device(device)
     tokenizer = load_tokenizer(base, adapter)
-    network = _load(AutoModelForCausalLM, base, "model")
+    network, info = _load(AutoModelForCausalLM, base, "model", output_loading_info=True)
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(
+            f"The weights in {base} lack {missing[0]}, which would be drawn at random. Save or download the model again."
+        )
     if adapter is not None:
         if len(tokenizer) > network.get_input_embeddings().num_embeddings:
             # As at the time of training: new tokens came with the adapter.
@@ -102,10 +106,10 @@ def base_and_adapter(model: str | Path, adapter: str | Path | None = None) -> tu
     return base, Path(model)
 
 
-def _load(auto: Any, path: str | Path, what: str) -> Any:
+def _load(auto: Any, path: str | Path, what: str, **kwargs: Any) -> Any:
     local = Path(path).is_dir()
     try:
-        return auto.from_pretrained(str(path), trust_remote_code=False)
+        return auto.from_pretrained(str(path), trust_remote_code=False, **kwargs)
     except Exception as error:
         where = "the directory" if local else "no such directory here; as a hub name"
         reason = str(error).strip().splitlines()[0]

@@ -131,15 +131,18 @@ class Head:
         return self._whole_buffer - self._buffer
 
     @property
-    def _casts(self) -> int:
-        slice_of_weight = min(self.vocabulary, HEAD_WORDS) * self.width
-        chunk = min(self.tokens, HEAD_TOKENS) * self.width
-        return self.compute * ((self.weight != self.compute) * slice_of_weight + (self.hidden != self.compute) * chunk)
+    def _weight_cast(self) -> int:
+        return self.compute * (self.weight != self.compute) * min(self.vocabulary, HEAD_WORDS) * self.width
+
+    @property
+    def _hidden_cast(self) -> int:
+        return self.compute * (self.hidden != self.compute) * min(self.tokens, HEAD_TOKENS) * self.width
 
     @property
     def forward(self) -> int:
         """Three temporaries of four bytes and a mask for each logit of a tile, where no kernel spares them."""
-        return self._buffer + self._casts + (0 if self.fused else 13 * self._tile)
+        # The cast weight is gone when the tile is looked at.
+        return self._buffer + self._hidden_cast + max(self._weight_cast, 0 if self.fused else 13 * self._tile)
 
     @property
     def backward(self) -> int:
@@ -155,7 +158,7 @@ class Head:
         # At its end the gradients are there once more, in the dtype of what they are for.
         returned = self.hidden * self.tokens * self.width * (self.hidden != 4)
         returned += self.weight * self.trained * self.vocabulary * self.width * (self.weight != 4)
-        return gradients + max(self._buffer + self._casts + temporaries, returned)
+        return gradients + max(self._buffer + self._weight_cast + self._hidden_cast + temporaries, returned)
 
 
 @dataclass(frozen=True)

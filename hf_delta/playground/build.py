@@ -61,9 +61,9 @@ def build_playground(
         raise InputError(f"playground: seed must lie in [0, 2**32), got {seed}.")
     wanted = {"format_version": FORMAT_VERSION, "task": task, "seed": seed, "pretrain_steps": steps}
     out = expanded(out)
-    target = out.resolve()
-    if not os.path.exists(target):
+    if not os.path.exists(out):
         check_writable(out, "playground", directory=True)
+    target = out.resolve()
     if _is_complete(target, wanted):
         return out
     family = load_task(task)

@@ -64,4 +64,9 @@ def together(history: History, first: str, second: str) -> tuple[np.ndarray, np.
 
 def is_number(value: Any) -> bool:
     """Whether something is a finite number; neither True nor False is one."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return False

@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.bad_inputs.case import command, copied, slow
-from tests.bad_inputs.models import cut
+from tests.bad_inputs.models import cut, drop_a_layer
+from tests.bad_inputs.models import tensors as tensors_of_model
 
 
 GOOD = [{"prompt": "1+1:", "answer": "2", "level": "add1"}, {"prompt": "1+2:", "answer": "3", "level": "add1"}]
@@ -135,6 +136,13 @@ WORDS = [
         ROWS,
     ),
     command(
+        "playground-link",
+        "playground --out loop",
+        "playground: loop cannot be written: it is a link to what is not there.",
+        "`hf-delta playground --out loop`, a link to itself",
+        {"loop": lambda path, world: path.symlink_to("loop")},
+    ),
+    command(
         "playground-below-file",
         "playground --out rows.jsonl/p",
         "playground: rows.jsonl/p cannot be written: rows.jsonl is no directory that you may write to.",
@@ -144,6 +152,13 @@ WORDS = [
 ]
 
 EVALUATIONS = [
+    command(
+        "eval-missing-weight",
+        EVAL.replace("playground/model", "model"),
+        "The weights in model lack model.layers.0.mlp.down_proj.weight, which would be drawn at random. Save or download the model again.",
+        "`hf-delta eval` of a model whose weights lack a layer",
+        {**ROWS, "model": copied("model", tensors_of_model(drop_a_layer))},
+    ),
     command(
         "eval-nothing",
         "eval",
@@ -397,6 +412,13 @@ EVALUATIONS = [
 
 PLOTS = [
     command(
+        "plot-huge-value",
+        "plot run",
+        "Nothing to plot in run: looked for logged values in trainer_state.json there and in its checkpoint-*, and for eval_before.json and eval_after.json.",
+        "`hf-delta plot` of a loss of 400 digits",
+        {"run/trainer_state.json": '{"log_history": [{"step": 1, "loss": 1' + "0" * 400 + "}]}"},
+    ),
+    command(
         "plot-nothing",
         "plot",
         "the following arguments are required: run_dir. `hf-delta plot --help` says what there is.",
@@ -516,6 +538,20 @@ PLOTS = [
 
 EXPORTS = [
     command(
+        "export-base-as-number",
+        EXPORT,
+        "adapter does not say what its base model is: name it with --base.",
+        "`hf-delta export` of an adapter whose base is a number",
+        adapter(config(base_model_name_or_path=3)),
+    ),
+    command(
+        "export-pattern",
+        EXPORT,
+        "The adapter was made for another base model than playground/model, or its file is damaged (unterminated character set at position …).",
+        "`hf-delta export` of an adapter whose `rank_pattern` is no regular expression",
+        adapter(config(rank_pattern={"[": 3})),
+    ),
+    command(
         "export-nothing",
         "export",
         "the following arguments are required: --adapter, --format, --out. `hf-delta export --help` says what there is.",
@@ -579,7 +615,7 @@ EXPORTS = [
     command(
         "export-error-exceeded",
         f"{EXPORT} --rank 1 --max-error 1e-9",
-        "rank 1 leaves out more than 1e-09 of the change in 14 of 14 modules, most in model.layers.0.mlp.gate_proj (…): give a larger rank, or use the format merged, which is exact.",
+        "rank 1 leaves out more than 1e-09 of the change in 14 of 14 modules, most in …: give a larger rank, or use the format merged, which is exact.",
         files=ADAPTER,
     ),
     command(

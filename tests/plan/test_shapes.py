@@ -59,10 +59,17 @@ def test_adapters_have_the_parameters_of_their_formulas(qwen, settings, trained)
     assert found.frozen_bytes == 2 * 1_720_574_976
 
 
-def test_weights_in_four_bits(qwen):
-    found = weights_of(adapt(shapes_of(qwen, torch.bfloat16), block(method="lora", r=8)), bits=4)
-    packed = 28 * sum(i * o for i, o in LINEAR)
-    assert found.frozen_bytes == packed // 2 + packed // 64 * 4 + 2 * (1_720_574_976 - packed)
+def test_weights_of_bitsandbytes(qwen):
+    model = adapt(shapes_of(qwen, torch.bfloat16), block(method="lora", r=8))
+    four, nested, eight = (weights_of(model, **how) for how in ({"bits": 4}, {"bits": 4, "nested": True}, {"bits": 8}))
+    values = 28 * sum(i * o for i, o in LINEAR)
+    others = 2 * (1_720_574_976 - values)
+    # Half a byte, and a scale in float32 for every 64, or in a byte with one in float32 for every 256 of them.
+    assert (four.packed_bytes, four.frozen_bytes) == (values // 2 + values // 64 * 4, four.packed_bytes + others)
+    assert nested.packed_bytes == pytest.approx(values / 2 + values / 64 * (1 + 4 / 256), abs=28 * 7)
+    # A byte, and a scale in float32 for every row.
+    assert (eight.packed_bytes, eight.frozen_bytes) == (values + 4 * ROWS, eight.packed_bytes + others)
+    assert four.frozen_values == eight.frozen_values == 1_720_574_976 - values
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "pmss", "edora", "bone"])

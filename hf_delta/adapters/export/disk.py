@@ -113,7 +113,7 @@ class SavedAdapter:
         self.folder = expanded(adapter)
         self.config, tensors = read_adapter(self.folder)
         check(self.config)
-        if not (base or self.config.base_model_name_or_path):
+        if not isinstance(base or self.config.base_model_name_or_path or None, (str, Path)):
             raise InputError(f"{self.folder} does not say what its base model is: name it with --base.")
         own = {"name": self.config.base_model_name_or_path, "revision": self.config.revision}
         self.base_folder = local_model(base) if base else local_model(**own)
@@ -234,7 +234,8 @@ def _with_adapter(
             result = set_peft_model_state_dict(wrapped, tensors, adapter_name=ADAPTER, low_cpu_mem_usage=True)
     except InputError:
         raise
-    except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+    except Exception as error:
+        # Whatever a method of PEFT trips over in a configuration.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = next((line for line in lines if "size mismatch" in line), lines[0] if lines else type(error).__name__)
         raise InputError(f"{another} ({reason.rstrip('.')}).") from error

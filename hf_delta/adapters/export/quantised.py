@@ -66,7 +66,7 @@ def recorded_quantization(adapter: Path) -> dict[str, Any]:
         try:
             values = json.loads((folder / "run.json").read_text(encoding="utf-8"))["values"]
             return {name: values[name] for name in Quantization.__dataclass_fields__ if values.get(name) is not None}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
     return {}
 
