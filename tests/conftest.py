@@ -17,7 +17,7 @@ from hf_delta.playground import build_playground  # noqa: E402
 torch.set_num_threads(1)
 
 # They start processes and take longest: first, so that the two workers of pytest end together.
-FIRST = ("distributed", "test_train.py")
+FIRST = ("distributed", "test_train.py", "test_interrupted.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -35,6 +35,16 @@ def pytest_xdist_make_scheduler(config, log):
             return "distributed" if nodeid.startswith("tests/distributed/") else super()._split_scope(nodeid)
 
     return ByFile(config, log)
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Accelerate and transformers write what a configuration says into variables, where the next test would find it."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -192,9 +192,25 @@ def test_there_are_twenty_kills():
     assert sum(map(len, KILLS.values())) + sum(AT_RANDOM.values()) >= 20
 
 
-@pytest.mark.parametrize(
-    "trainer", ["sft", *(pytest.param(trainer, marks=pytest.mark.slow) for trainer in ("grpo", "dpo"))]
-)
+class ToldToLeave(TrainerCallback):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_run_that_is_told_to_leave_saves_the_step_it_is_in(tmp_path, playground, monkeypatch, capsys):
+    recipe = write(tmp_path, keys("sft", playground, tmp_path / "out", **{**SAVING, "save_steps": 100}, max_steps=5))
+    monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, ToldToLeave])
+    before = signal.getsignal(signal.SIGTERM)
+    assert main([str(recipe)]) == 128 + signal.SIGTERM
+    assert "Stopped by SIGTERM after step 3, which is saved. The same command with --resume" in capsys.readouterr().err
+    assert newest_complete_checkpoint(tmp_path / "out") == tmp_path / "out" / "checkpoint-3"
+    assert not (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", RUNS)
 def test_told_to_leave_a_run_saves_and_goes_on_from_there(tmp_path, playground, trainer):
     content = keys(trainer, playground, tmp_path / "out", **{**SAVING, "save_steps": 100}, **RUNS[trainer])
     leave = at("backward", 6, number=signal.SIGTERM)
@@ -232,7 +248,14 @@ def full_disk(step, size):
         trainer.DEFAULT_CALLBACKS.pop()
 
 
-@pytest.mark.parametrize("too_large", ["hf_delta_state.safetensors", "adapter_model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize(
+    "too_large",
+    [
+        "optimizer.pt",
+        pytest.param("hf_delta_state.safetensors", marks=pytest.mark.slow),
+        pytest.param("adapter_model.safetensors", marks=pytest.mark.slow),
+    ],
+)
 def test_on_a_full_disk_the_last_good_checkpoint_stays(tmp_path, playground, capsys, too_large):
     saving = {**SAVING, "save_steps": 2, "max_steps": 4}
     recipe = write(tmp_path, keys("sft", playground, tmp_path / "out", **saving))
@@ -337,11 +360,10 @@ def test_checkpoints_that_a_run_was_told_not_to_take_are_not_taken_later(tmp_pat
     earlier = str(out / "checkpoint-1")
     assert main([recipe, "--max_steps", "2", "--resume_from_checkpoint", earlier]) == 0
     assert resumed_from(out) == "checkpoint-1"
+    # What has been written anew is taken, and what is there of later steps is not.
     assert main([recipe, "--max_steps", "3", "--resume"]) == 0
     assert resumed_from(out) == "checkpoint-2"
-    # What has been written anew is taken, and what is there of later steps still is not.
-    assert main([recipe, "--resume"]) == 0
-    assert resumed_from(out) == "checkpoint-3"
+    assert json.loads((out / "run.json").read_text())["superseded"].keys() == {"checkpoint-3", "checkpoint-4"}
 
 
 def test_what_is_left_of_an_earlier_try_is_not_mixed_with_what_is_written(tmp_path, playground):

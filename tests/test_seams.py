@@ -230,7 +230,7 @@ def test_peft_stays_usable_where_its_version_is_not_supported():
 @pytest.mark.parametrize(
     "order",
     [
-        "import hf_delta; import peft",
+        pytest.param("import hf_delta; import peft", marks=pytest.mark.slow),
         "import peft; import hf_delta",
         # What `is_peft_available` of transformers does.
         "import hf_delta, importlib.util as u; assert u.find_spec('peft').loader.get_code('peft'); import peft",

@@ -380,7 +380,7 @@ async def async_raises(completions, **kwargs):
         (nan, "'nan' returned nan for the completion"),
         (too_few, "returned 1 rewards for 32 completions"),
         (no_list, "returned NoneType; it must return a list"),
-        (text, "'text' returned 1.0 for the completion"),
+        (text, "'text' returned '1.0' for the completion"),
         (none_for_all, "None of the reward functions"),
     ],
 )
