@@ -71,8 +71,7 @@ def load_state(path: str | Path) -> Any:
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         text = header["structure"]
-        # Files of before there were checksums are taken as they are.
-        if header.get("crc32", _checksum(text, tensors)) != _checksum(text, tensors):
+        if header["crc32"] != _checksum(text, tensors):
             raise InputError(f"{path} is damaged: its checksum is another. Resume from an earlier checkpoint.")
         return _unpack(json.loads(text), tensors)
     except (SafetensorError, ValueError, LookupError, TypeError, OSError, RecursionError) as error:

@@ -55,7 +55,8 @@ def _moments(step: Step, has: Held) -> dict[str, int]:
     new_from_head = from_head if weights.tied or not step.accumulates else 0
     second = max(head.forward, acts.forward) + acts.base if step.second_pass else 0
     return {
-        "forward": earlier + waiting + max(acts.forward, head.forward),
+        # Of the last block `acts.forward` has them.
+        "forward": earlier + waiting + max(acts.forward - acts.casts, head.forward) + step.weights.layers * acts.casts,
         "reference": earlier + waiting + second,
         "head": earlier + waiting + head.backward,
         "backward": earlier + new_from_head + waiting + acts.backward,

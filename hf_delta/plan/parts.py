@@ -69,6 +69,8 @@ class Activations:
         forward (`int`): More that there is for a moment of the forward pass.
         backward (`int`): More that there is for a moment of the backward pass, a recomputed block among it.
         derived (`int`, *optional*, defaults to `0`): What one block works out from its weights once and keeps.
+        casts (`int`, *optional*, defaults to `0`): Copies of one block's weights that autocast holds until the forward pass
+            ends, and that are not kept for the backward pass.
     """
 
     base: int
@@ -76,6 +78,7 @@ class Activations:
     forward: int
     backward: int
     derived: int = 0
+    casts: int = 0
 
     def with_more(self, moment: int) -> "Activations":
         """With so many bytes more for a moment of each pass."""

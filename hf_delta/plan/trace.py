@@ -107,7 +107,7 @@ def _trace(config: PretrainedConfig, peft: PeftConfig | None, batch: Pass) -> Ac
 def _measure(model: nn.Module, live: LiveBytes, batch: Pass) -> Activations:
     # Adapters derive some tensors from the weight in their first pass, and keep them.
     start = live.now
-    _forward(model, batch)
+    _forward(model, live, batch)
     derived, start = live.now - start, live.now
     marks: list[int] = []
     (block,) = blocks_of(plain(model))
@@ -118,19 +118,22 @@ def _measure(model: nn.Module, live: LiveBytes, batch: Pass) -> Activations:
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_forget)
     live.peak = live.now
-    hidden = _forward(model, batch)
+    hidden, inside = _forward(model, live, batch)
+    casts = inside - live.now
     kept, top = live.now - start, live.peak - start
     live.peak = live.now
     if hidden.requires_grad:
         hidden.backward(torch.empty_like(hidden))
-    saved = marks[1] - marks[0]
-    return Activations(kept - saved, saved, top - kept, live.peak - start - kept, derived)
+    saved = marks[1] - marks[0] - casts
+    return Activations(kept - saved, saved, top - kept, live.peak - start - kept, derived, casts)
 
 
-def _forward(model: nn.Module, batch: Pass) -> torch.Tensor:
+def _forward(model: nn.Module, live: LiveBytes, batch: Pass) -> tuple[torch.Tensor, int]:
+    """Hidden states, and the bytes that there are before autocast lets go of its copies of weights."""
     ids = torch.zeros(batch.sequences, batch.tokens, dtype=torch.long)
     with torch.autocast("cpu", dtype=batch.autocast or torch.bfloat16, enabled=batch.autocast is not None):
-        return backbone_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+        hidden = backbone_of(model)(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+        return hidden, live.now
 
 
 def _take_as_checked(module: nn.Module) -> None:

@@ -163,12 +163,18 @@ def passes(config, peft, checkpointing, autocast):
     inputs = {"input_ids": ids, "attention_mask": (torch.arange(40) >= ids).long(), "use_cache": False}
     for parameter in (p for p in model.parameters() if p.requires_grad):
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with LiveBytes() as live, torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+
+    def forward_pass():
+        # As a trainer does: the backward pass is outside, when autocast has let go of its copies of weights.
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return backbone(**inputs)[0]
+
+    with LiveBytes() as live:
         live.count([*model.parameters(), *model.buffers()])
         before = live.now
-        backbone(**inputs)
+        forward_pass()
         live.peak = live.now
-        hidden = backbone(**inputs)[0]
+        hidden = forward_pass()
         kept, forward = live.now - before, live.peak - before
         live.peak = live.now
         hidden.backward(torch.ones_like(hidden))
@@ -188,7 +194,7 @@ def compare(config, settings, checkpointing, autocast):
     waiting = found.base + 5 * (found.saved + found.derived)
     assert waiting == pytest.approx(kept, rel=0.04)
     # What comes after the blocks is taken to be there already in the last of them.
-    assert 0.96 * forward < waiting + found.forward < 1.25 * forward
+    assert 0.96 * forward < waiting + found.forward + 4 * found.casts < 1.25 * forward
     assert waiting + found.backward == pytest.approx(backward, rel=0.04)
 
 
