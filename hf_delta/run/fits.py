@@ -1,5 +1,6 @@
 """Do the parts of a run belong together? Asked before the first step."""
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ _STATES = {
     "scheduler.pt": {"last_epoch"},
     "rng_state*.pth": {"python", "numpy", "cpu"},
 }
-_ADAPTER, _MODEL = "adapter_model.safetensors", "model.safetensors"
+_ADAPTER, _MODEL, _SETTINGS = "adapter_model.safetensors", "model.safetensors", "adapter_config.json"
 
 
 def check_vocabulary(trainer: Trainer, rows: Dataset) -> None:
@@ -128,6 +129,8 @@ def check_checkpoint(trainer: Trainer, checkpoint: str | Path) -> None:
     _check_states(checkpoint)
     if (checkpoint / file).is_file():
         _compare(checkpoint / file, _of_adapter(trainer.model) if is_adapter else _parameters(trainer.model))
+        if is_adapter:
+            _compare_settings(checkpoint / _SETTINGS, trainer.model)
     elif (checkpoint / other).is_file():
         there, here = ("a whole model", "an adapter")[:: 1 if is_adapter else -1]
         raise InputError(
@@ -180,6 +183,29 @@ def _compare(file: Path, tensors: dict[str, Any]) -> None:
     raise InputError(
         f"{file} does not fit the model of this run: {said}. Resume with the recipe that wrote it, or from an earlier checkpoint."
     )
+
+
+def _compare_settings(file: Path, model: PeftModel) -> None:
+    """Numbers of an adapter that no shape shows, such as `lora_alpha`: one that was copied from elsewhere has no `run.json`."""
+    try:
+        there = json.loads(file.read_text(encoding="utf-8"))
+        there["peft_type"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{file} cannot be read ({error!r}): it is damaged. Resume from an earlier checkpoint."
+        ) from error
+    for key, value in model.active_peft_config.to_dict().items():
+        # Of training the mode is another than of what is saved.
+        compared = (
+            key != "inference_mode"
+            and isinstance(value, (bool, int, float))
+            and isinstance(there.get(key), (bool, int, float))
+        )
+        if compared and there[key] != value:
+            raise InputError(
+                f"{file} does not fit the adapter of this run: {key} is {there[key]} there and {value} here. Resume with the recipe "
+                "that wrote it, or start in another output_dir."
+            )
 
 
 def _parameters(model: nn.Module) -> dict[str, Any]:
