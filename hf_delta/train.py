@@ -73,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = finds_no_room(error)
         if reason is None:
             raise
-        return fail(no_room(error, reason), status=1)
+        then = "the same command with --resume goes on from the last checkpoint"
+        return fail(no_room(error, reason, then), status=1)
     except KeyboardInterrupt:
         announce("Interrupted. The same command with --resume goes on from the last checkpoint.")
         return 130

@@ -46,15 +46,12 @@ def unusable_path(error: BaseException) -> InputError | None:
     return None
 
 
-def no_room(error: Exception, reason: str) -> InputError:
+def no_room(error: Exception, reason: str, then: str) -> InputError:
     """What to say of a disk that is full, wherever that was noticed; each process for itself."""
     if isinstance(error, NoRoomError):
         return OneProcessError(str(error))
     where = getattr(error, "filename", None) or "A file could not be written"
-    return OneProcessError(
-        f"{where}: there is no room on the disk ({reason}). Make room; the same command with --resume goes on from the last "
-        "checkpoint."
-    )
+    return OneProcessError(f"{where}: there is no room on the disk ({reason}). Make room; {then}.")
 
 
 def fail(error: InputError, status: int = 2) -> int:
