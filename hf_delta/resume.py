@@ -52,7 +52,7 @@ class Resumable(Trainer):
                 "that wrote it."
             )
         partitions = zero_partitions(checkpoint)
-        if partitions not in (0, self.accelerator.num_processes):
+        if partitions and partitions != self.accelerator.num_processes:
             raise InputError(
                 f"{checkpoint} holds the states of {partitions} processes of DeepSpeed, and this run has "
                 f"{self.accelerator.num_processes}, among which it cannot divide them. Launch {partitions} processes."

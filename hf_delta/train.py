@@ -12,7 +12,7 @@ import datasets
 from datasets import Dataset
 from rich.logging import RichHandler
 from safetensors import SafetensorError
-from transformers import AutoConfig, ProgressCallback, Trainer
+from transformers import ProgressCallback, Trainer
 from trl import get_quantization_config
 
 from hf_delta._compat.transformers import load_checkpoint
@@ -22,18 +22,17 @@ from hf_delta.data import CACHE, load_eval_rows, load_train_rows
 from hf_delta.disk import finds_no_room
 from hf_delta.errors import InputError
 from hf_delta.evaluation import Report
-from hf_delta.playground import build_playground
 from hf_delta.plot import plot_pictures
 from hf_delta.recipe import Recipe, load_recipe
 from hf_delta.recipe.load import use_of_rows
-from hf_delta.recipe.peft import check_virtual_tokens, wants_fast_dora
+from hf_delta.recipe.peft import wants_fast_dora
 from hf_delta.recipe.rewards import resolve_reward
 from hf_delta.rules import as_dict
+from hf_delta.run.base import ready_model
 from hf_delta.run.card import absolute, write_card
 from hf_delta.run.console import announce, console, fail, is_main_process, no_room, unusable_path
 from hf_delta.run.directory import check_output_dir, clear, finish_manifest, is_finished, write_manifest
 from hf_delta.run.evaluation import BEFORE, evaluate_policy, evaluation_reward, write_report
-from hf_delta.run.extras import check_packages
 from hf_delta.run.fits import (
     check_checkpoint,
     check_finite,
@@ -43,7 +42,6 @@ from hf_delta.run.fits import (
 )
 from hf_delta.run.hub import check_token
 from hf_delta.run.leaving import EXIT_STATUS, StopOnSigterm, Stopped
-from hf_delta.run.model import check_model_files
 from hf_delta.run.papers import papers_of_training
 from hf_delta.run.processes import main_first, naming_the_process, on_main, parallelism
 from hf_delta.run.progress import TrainingProgress
@@ -114,7 +112,7 @@ def _run(recipe: Recipe) -> Path:
     checkpoint = on_main(check_output_dir, recipe)
     if destination is not None:
         on_main(check_token, destination.token)
-    _ready_model(recipe)
+    ready_model(recipe)
     train_rows, eval_rows = _load_rows(recipe, rewards, judge)
     if destination is not None:
         destination = on_main(ready, destination)
@@ -148,54 +146,6 @@ def _set_up_logging() -> None:
     package.setLevel(logging.INFO if is_main_process() else logging.ERROR)
     if not package.handlers:
         package.addHandler(RichHandler(console=console(stderr=True), show_time=False, show_path=False))
-
-
-def _ready_model(recipe: Recipe) -> None:
-    """Collective: build the playground if there is to be one, and see that the model is there; loads no weights."""
-    run = recipe.run
-    if run.playground is not None:
-        announce(f"Playground in {run.playground}: checking, or building if it is not there")
-        on_main(_build_playground, recipe)
-    main_first(_check_model, recipe)
-
-
-def _check_model(recipe: Recipe) -> None:
-    """
-    Raises:
-        `InputError`: there is no model of that name, or a package that it would be loaded with is missing.
-    """
-    check_packages(recipe)
-    check_virtual_tokens(recipe.peft, recipe.source)
-    name, model, training = recipe.model.model_name_or_path, recipe.model, recipe.training
-    template = getattr(training, "chat_template_path", None)
-    if template is not None and Path(template).suffix in (".jinja", ".j2") and not Path(template).is_file():
-        raise InputError(f"{recipe.source}: chat_template_path: {template} does not exist.")
-    trust = getattr(training, "trust_remote_code", False)
-    try:
-        config = AutoConfig.from_pretrained(name, revision=model.model_revision, trust_remote_code=trust)
-    except Exception as error:
-        # Besides what is missing, whatever a class of configurations trips over.
-        where = "has no usable config.json" if Path(name).is_dir() else "is no directory here and no model of the Hub"
-        raise InputError(f"model_name_or_path: {name} {where} ({_first_lines(error)}).") from error
-    if Path(name).is_dir() and not trust:
-        check_model_files(Path(name), config)
-
-
-def _first_lines(error: Exception) -> str:
-    """The first line, and the next if that ends in a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1]).rstrip(".")
-
-
-def _build_playground(recipe: Recipe) -> None:
-    run = recipe.run
-    build_playground(
-        run.playground,
-        seed=run.playground_seed,
-        task=run.playground_task,
-        pretrain_steps=run.playground_pretrain_steps,
-        progress=not recipe.training.disable_tqdm,
-    )
 
 
 def _load_rows(recipe: Recipe, rewards: list[Callable], judge: Callable | None) -> tuple[Dataset, Dataset | None]:

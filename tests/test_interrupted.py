@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from transformers import TrainerCallback, trainer
 
 import hf_delta.train
 from hf_delta.checkpoint import newest_complete_checkpoint
+from hf_delta.disk import finds_no_room
 from hf_delta.errors import InputError
 from hf_delta.train import main
 from tests.running import LORA, keys, train, write
@@ -111,6 +113,7 @@ def test_killed_again_and_again_a_run_ends_where_a_straight_one_does(tmp_path, p
     statuses, said = run_job(tmp_path, recipe, kills)
     assert statuses[0] == statuses[-1] == 0, said[-3000:]
     assert statuses[1:-1] == [-signal.SIGKILL] * len(kills), said[-3000:]
+    assert resumed_from(tmp_path / "killed").startswith("checkpoint-")
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
@@ -164,7 +167,8 @@ def test_one_of_two_processes_killed_while_it_writes_its_part_of_a_checkpoint(tm
         "exitcode  ", "exitcode"
     ), killed.stderr[-3000:]
     assert newest_complete_checkpoint(tmp_path / "out", 2) == tmp_path / "out" / "checkpoint-3"
-    assert (tmp_path / "out" / "checkpoint-4").exists()
+    assert [path.name for path in (tmp_path / "out" / "checkpoint-4").glob("*.json") if "state" in path.name] == []
+    assert (tmp_path / "out" / "checkpoint-4" / "rng_state_0.pth").exists()
     resumed = launch(tmp_path, recipe, "--resume")
     assert resumed.returncode == 0 and "was cut off while it was written" in resumed.stderr, resumed.stderr[-3000:]
     assert_same_run(tmp_path / "straight", tmp_path / "out")
@@ -199,6 +203,7 @@ def test_told_to_leave_a_run_saves_and_goes_on_from_there(tmp_path, playground, 
     statuses, said = run_job(tmp_path, write(tmp_path, content), [leave])
     assert statuses == [0, 128 + signal.SIGTERM, 0], said[-3000:]
     assert "Stopped by SIGTERM after step" in said and "Traceback" not in said
+    assert resumed_from(tmp_path / "killed").startswith("checkpoint-")
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
 
 
@@ -275,6 +280,17 @@ def no_room_left(_):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "there/model")
 
 
+def test_a_full_disk_is_found_behind_other_errors():
+    full = OSError(errno.ENOSPC, "no room")
+    wrapped, later = ValueError("wrapped"), KeyError("later")
+    wrapped.__cause__, later.__context__ = full, wrapped
+    assert finds_no_room(later) == finds_no_room(full) == "[Errno 28] no room"
+    # A ring of errors has an end.
+    one, other = ValueError("one"), ValueError("other")
+    one.__context__, other.__context__ = other, one
+    assert finds_no_room(one) is None and finds_no_room(OSError(errno.EACCES, "not allowed")) is None
+
+
 def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, playground, monkeypatch):
     def fails(_):
         raise RuntimeError("something else")
@@ -286,6 +302,31 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, playground, monkey
 
 
 # -- which checkpoint -----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, playground):
+    """A run with two checkpoints."""
+    folder = tmp_path_factory.mktemp("saved")
+    assert main([str(write(folder, keys("sft", playground, folder / "out", **SAVING, max_steps=2)))]) == 0
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    "lost", ["trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"]
+)
+def test_a_checkpoint_that_lost_a_part_while_it_was_deleted_hides_no_other(tmp_path, saved, lost):
+    out = shutil.copytree(saved, tmp_path / "out")
+    assert newest_complete_checkpoint(out) == out / "checkpoint-2"
+    (out / "checkpoint-2" / lost).unlink()
+    assert newest_complete_checkpoint(out) == out / "checkpoint-1"
+
+
+def test_a_checkpoint_of_a_model_alone_counts(tmp_path, saved):
+    out = shutil.copytree(saved, tmp_path / "out")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (out / "checkpoint-2" / name).unlink()
+    assert newest_complete_checkpoint(out) == out / "checkpoint-2"
+
+
 def resumed_from(out):
     return Path(json.loads((out / "run.json").read_text())["resumed_from"]).name
 

@@ -28,7 +28,9 @@ def undoing(out: Path) -> Iterator[None]:
     """
     there = _entries(out)
     kept = {
-        path: (path.read_bytes(), path.stat()) for path in there if path.name in BEFORE_TRAINING and path.parent == out and path.is_file()
+        path: (path.read_bytes(), path.stat())
+        for path in there
+        if path.name in BEFORE_TRAINING and path.parent == out and path.is_file()
     }
     made = [path for path in (out, *out.parents) if not os.path.exists(path)]
     try:

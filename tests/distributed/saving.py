@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_delta import DeltaDPOTrainer, DeltaGRPOTrainer, DeltaSFTTrainer, InputError
+from hf_delta.checkpoint import STATE_FILE
 from tests.adapters.life import config_of
 from tests.distributed.fsdp_on_cpu import FSDP2, fsdp_on_cpu
 from tests.preference.dpo import config as dpo_config
@@ -82,10 +83,10 @@ def logits(trainer):
 
 
 def files(folder):
-    """Bytes of weights, and the names of all else that stands in a directory."""
-    folder = Path(folder)
-    weights = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.glob("*.safetensors"))}
-    return {"weights": weights, "names": sorted(p.name for p in folder.iterdir())}
+    """Bytes of weights, and the names of all else that stands in a directory, but for the state that is ours."""
+    paths = sorted(path for path in Path(folder).iterdir() if path.name != STATE_FILE)
+    weights = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths if p.suffix == ".safetensors"}
+    return {"weights": weights, "names": [p.name for p in paths]}
 
 
 def saved(world, folder, cls, adapter, kind="SHARDED", resumes=True):

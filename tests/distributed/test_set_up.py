@@ -19,7 +19,7 @@ def trainer_of(cls, monkeypatch, fsdp=None, zero=None, **attributes):
     trainer = object.__new__(cls)
     trainer.accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=fsdp, deepspeed_plugin=zero))
     trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = fsdp is not None, zero is not None
-    trainer.model = torch.nn.Linear(1, 1)
+    trainer.model, trainer.args = torch.nn.Linear(1, 1), None
     vars(trainer).update(attributes)
     return trainer
 
@@ -75,3 +75,20 @@ def test_models_that_are_loaded_whole(monkeypatch, said):
         assert name not in os.environ and deepspeed._hf_deepspeed_config_weak_ref is None
         raise ZeroDivisionError
     assert os.environ.get(name) == said and deepspeed._hf_deepspeed_config_weak_ref is partitioning
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_states_that_deepspeed_has_divided_are_not_divided_anew(monkeypatch, tmp_path, stage):
+    (tmp_path / "global_step2").mkdir()
+    weights = "zero_pp_rank_0_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
+    for name in (weights, *(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(4))):
+        (tmp_path / "global_step2" / name).touch()
+    monkeypatch.setattr(Trainer, "train", lambda self, checkpoint, *args, **kwargs: checkpoint)
+    trainer = trainer_of(DeltaSFTTrainer, monkeypatch, zero=SimpleNamespace(zero_stage=stage))
+    trainer.accelerator.num_processes = 4
+    assert trainer.train(str(tmp_path)) == str(tmp_path)
+    trainer.accelerator.num_processes = 2
+    with pytest.raises(
+        InputError, match="the states of 4 processes of DeepSpeed, and this run has 2, .*Launch 4 processes"
+    ):
+        trainer.train(str(tmp_path))

@@ -15,6 +15,7 @@ from torch.utils.data import RandomSampler
 from transformers import TrainerCallback
 
 from hf_delta import DeltaGRPOTrainer
+from hf_delta._compat.hub_pushes import SharedPushes
 from hf_delta.checkpoint import STATE_FILE, is_complete, load_state, newest_complete_checkpoint, save_state
 from hf_delta.errors import InputError
 from tests.rl.frozen import build_world
@@ -73,9 +74,7 @@ def test_resumed_parameters_are_bit_identical(world, straight, tmp_path, cut):
 
 
 def without_times(row):
-    return {
-        key: value for key, value in row.items() if "time" not in key and "per_second" not in key
-    }
+    return {key: value for key, value in row.items() if "time" not in key and "per_second" not in key}
 
 
 @pytest.mark.parametrize("forgotten", ["rng_state.pth", STATE_FILE, "hf_delta_rollouts_0.safetensors"])
@@ -276,15 +275,13 @@ def test_kill_minus_nine_and_resume(world, straight, tmp_path):
     assert_identical(parameters(straight), parameters(second))
 
 
-def test_our_files_are_there_when_trl_pushes_and_rotates(world, tmp_path, monkeypatch):
-    """Hub push and rotation happen inside TRL's own saving, so the files must have been written before."""
-    from transformers import Trainer
-
+def test_our_files_are_there_when_transformers_pushes_and_rotates(world, tmp_path, monkeypatch):
+    """Both happen inside its own saving, so the files must have been written before."""
     pushed = []
     monkeypatch.setattr(
-        Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append(sorted(os.listdir(folder)))
+        SharedPushes, "_push_from_checkpoint", lambda self, folder: pushed.append(sorted(os.listdir(folder)))
     )
-    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, **_: None)
+    monkeypatch.setattr(SharedPushes, "init_hf_repo", lambda self, *_, **__: None)
     trainer = build(world, tmp_path, **{**WINDOW, "max_steps": 3, "save_total_limit": 1, "push_to_hub": True})
     trainer.train()
     assert len(pushed) == 3 and all(STATE_FILE in files for files in pushed)
