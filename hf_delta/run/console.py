@@ -3,12 +3,16 @@
 import errno
 import os
 import sys
+import time
 
 from rich.console import Console
 from rich.markup import escape
 
 from hf_delta.disk import NoRoomError
 from hf_delta.errors import InputError
+
+
+_PATIENCE = 20  # seconds
 
 
 class OneProcessError(InputError):
@@ -56,8 +60,13 @@ def no_room(error: Exception, reason: str, then: str) -> InputError:
 
 def fail(error: InputError, status: int = 2) -> int:
     """Report an error on one line, once where every process met it, and return the exit status for it."""
-    if is_main_process() or isinstance(error, OneProcessError):
-        # Reasons that other packages give have several lines.
-        lines = [line.strip() for line in str(error).splitlines()]
-        sys.stderr.write(f"error: {' '.join(filter(None, lines))}\n")
+    said = str(error)
+    if not (is_main_process() or isinstance(error, OneProcessError)):
+        # A launcher kills the others when one process ends, and the main one, which is to report, may be slower. Whoever is
+        # still there after this met something that the main process did not.
+        time.sleep(_PATIENCE)
+        said = f"process {os.environ['RANK']}: {said}"
+    # Reasons that other packages give have several lines.
+    lines = [line.strip() for line in said.splitlines()]
+    sys.stderr.write(f"error: {' '.join(filter(None, lines))}\n")
     return status
