@@ -42,6 +42,7 @@ from hf_delta.run.fits import (
 )
 from hf_delta.run.hub import check_token
 from hf_delta.run.leaving import EXIT_STATUS, StopOnSigterm, Stopped
+from hf_delta.run.optimizer import check_optimizer_and_schedule
 from hf_delta.run.papers import papers_of_training
 from hf_delta.run.processes import main_first, naming_the_process, on_main, parallelism
 from hf_delta.run.progress import TrainingProgress
@@ -106,6 +107,7 @@ def _run(recipe: Recipe) -> Path:
     rewards = [resolve_reward(entry) for entry in recipe.run.reward_funcs or []]
     judge = evaluation_reward(recipe, rewards)
     destination = destination_of(recipe)
+    check_optimizer_and_schedule(recipe.training, recipe.source)
     if destination is not None and on_main(is_finished, recipe):
         announce(f"{recipe.output_dir} holds this run, finished: nothing is left to train")
         return _push(recipe, destination)
@@ -136,6 +138,7 @@ def _plan(recipe: Recipe) -> Path:
     from hf_delta.plan.run import dry_run
 
     destination_of(recipe)  # asks nobody
+    check_optimizer_and_schedule(recipe.training, recipe.source)
     show(dry_run(recipe), console())
     return recipe.output_dir
 
