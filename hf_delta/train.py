@@ -34,6 +34,7 @@ from hf_delta.run.console import announce, console, fail, is_main_process, no_ro
 from hf_delta.run.directory import check_output_dir, clear, finish_manifest, is_finished, write_manifest
 from hf_delta.run.evaluation import BEFORE, evaluate_policy, evaluation_reward, write_report
 from hf_delta.run.fits import (
+    check_batches_are_full,
     check_checkpoint,
     check_finite,
     check_modules_to_save,
@@ -192,6 +193,7 @@ def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | Non
     check_template(trainer, train_rows)
     check_finite(trainer)
     check_modules_to_save(trainer)
+    check_batches_are_full(trainer, recipe.source)
     if not len(trainer.train_dataset):
         # Rows whose prompt fills max_length have nothing to learn from, and TRL leaves them out.
         raise InputError(

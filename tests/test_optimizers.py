@@ -41,3 +41,19 @@ def test_they_are_one_line_and_nothing_is_written(tmp_path, playground, capsys, 
 def test_those_that_can_be_made_train(tmp_path, playground, changes):
     recipe = write(tmp_path, keys("sft", playground, tmp_path / "out", **changes, max_steps=1))
     assert main([str(recipe)]) == 0
+
+
+def test_batches_that_are_all_left_out(tmp_path, playground, capsys):
+    content = keys("sft", playground, tmp_path / "out", max_train_rows=6, max_steps=1, dataloader_drop_last=True)
+    recipe = str(write(tmp_path, content))
+    assert main([recipe, "--per_device_train_batch_size", "7"]) == 2
+    assert "there are 6 rows to train on, and a batch of all processes takes 7" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([recipe, "--per_device_train_batch_size", "6"]) == 0
+
+
+def test_prompts_that_are_too_few_for_a_generation(tmp_path, playground, capsys):
+    content = keys("grpo", playground, tmp_path / "out", max_train_rows=1, max_steps=1, per_device_train_batch_size=8)
+    assert main([str(write(tmp_path, content))]) == 2
+    assert "the data has 1 rows, and a generation batch takes 2 prompts" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -108,6 +108,28 @@ def check_modules_to_save(trainer: Trainer) -> None:
             raise InputError(f"modules_to_save: the model has no module {name!r}{suggest(name, there, most=3)}")
 
 
+def check_batches_are_full(trainer: Trainer, source: str) -> None:
+    """
+    Raises:
+        `InputError`: incomplete batches are left out, as GRPO always does, and there is no complete one: nothing would be trained.
+    """
+    args, rows = trainer.args, len(trainer.train_dataset)
+    if getattr(args, "generation_batch_size", None) is not None:
+        prompts = args.generation_batch_size // args.num_generations
+        if rows < prompts:
+            raise InputError(
+                f"{source}: the data has {rows} rows, and a generation batch takes {prompts} prompts: an epoch would be empty. Lower "
+                "per_device_train_batch_size or steps_per_generation, or add rows."
+            )
+        return
+    needed = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < needed:
+        raise InputError(
+            f"{source}: there are {rows} rows to train on, and a batch of all processes takes {needed}: with dataloader_drop_last "
+            "nothing would be trained. Lower per_device_train_batch_size, or write dataloader_drop_last: false."
+        )
+
+
 def check_checkpoint(trainer: Trainer, checkpoint: str | Path) -> None:
     """See that the state and the weights of a checkpoint are those of this trainer. Sharded weights are not looked at.
 
