@@ -11,13 +11,14 @@ from rich.padding import Padding
 from rich.text import Text
 
 from hf_delta import __version__
+from hf_delta.disk import finds_no_room
 from hf_delta.errors import InputError
 from hf_delta.paths import check_writable
-from hf_delta.run.console import fail, unusable_path
+from hf_delta.run.console import fail, no_room, unusable_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `hf-delta`; returns the exit status: 0, or 2 for bad input."""
+    """Run `hf-delta`; returns the exit status: 0, 2 for bad input, 1 for a full disk, 130 for Ctrl-C."""
     try:
         arguments, rest = build_parser().parse_known_args(argv)
         if rest:
@@ -26,10 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.command(arguments) or 0
     except InputError as error:
         return fail(error)
-    except OSError as error:
-        if (unusable := unusable_path(error)) is None:
+    except KeyboardInterrupt:
+        # Where training has not begun to say what goes on from here, imports included.
+        sys.stderr.write("Interrupted.\n")
+        return 130
+    except Exception as error:
+        if (unusable := unusable_path(error)) is not None:
+            return fail(unusable)
+        if (reason := finds_no_room(error)) is None:
             raise
-        return fail(unusable)
+        return fail(no_room(error, reason, "give the command again"), status=1)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -34,6 +34,7 @@ class Resumable(Trainer):
             resume_from_checkpoint = str(newest)
         if resume_from_checkpoint:
             self._check_sharding(resume_from_checkpoint)
+            check_optimizer(resume_from_checkpoint, self.args)
             if (different := check_batches(resume_from_checkpoint, self.args)) is not None:
                 logger.warning("%s", different)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -110,6 +111,34 @@ def check_batches(checkpoint: str | Path, args: TrainingArguments) -> str | None
         f"{launches.format(f'{rows} rows a step', 'as many')}: it goes on at the same rows and with the same state, but not bit for "
         "bit, because each process draws its own random numbers."
     )
+
+
+def optimizer_settings(args: TrainingArguments) -> dict[str, Any]:
+    """What an optimizer keeps in its checkpoint, and takes from there on resume, whatever the new configuration says."""
+    keys = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
+    # The fused one computes the same, and which is the default depends on the version of torch.
+    kind = str(getattr(args.optim, "value", args.optim)).removesuffix("_fused")
+    return {"optim": kind, **{key: getattr(args, key) for key in keys}}
+
+
+def check_optimizer(checkpoint: str | Path, args: TrainingArguments) -> None:
+    """See that a run asks for no other optimizer than that of the checkpoint. Checkpoints of TRL do not say which it was.
+
+    Raises:
+        `InputError`: it does; transformers would go on with the old values, or break.
+    """
+    path = Path(checkpoint) / STATE_FILE
+    if not path.exists() or written_under(checkpoint) is None:
+        return
+    with reading(path):
+        there = dict(load_state(path).get("optimizer") or {})
+    here = optimizer_settings(args)
+    for key in here:
+        if key in there and there[key] != here[key]:
+            raise InputError(
+                f"{checkpoint}: its optimizer has {key} {there[key]!r}, which it would keep, and this run has {here[key]!r}. Write "
+                f"{key}: {there[key]}, or start in another output_dir."
+            )
 
 
 def _same_rows(rows: int, here: dict[str, int]) -> str:

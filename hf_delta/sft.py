@@ -7,7 +7,7 @@ from trl import SFTTrainer
 from hf_delta import __version__
 from hf_delta._compat.trl_state import ExtraState
 from hf_delta.checkpoint import STATE_FILE, load_state, save_state
-from hf_delta.resume import Resumable, batches, check_method, reading
+from hf_delta.resume import Resumable, batches, check_method, optimizer_settings, reading
 
 
 class DeltaSFTTrainer(Resumable, ExtraState, SFTTrainer):
@@ -27,6 +27,7 @@ class DeltaSFTTrainer(Resumable, ExtraState, SFTTrainer):
                 "method": self._method(),
                 "settings": {},
                 "layout": batches(self.args),
+                "optimizer": optimizer_settings(self.args),
                 "metrics": metrics,
             }
             save_state(checkpoint / STATE_FILE, state)

@@ -34,6 +34,7 @@ from hf_delta.run.console import announce, console, fail, is_main_process, no_ro
 from hf_delta.run.directory import check_output_dir, clear, finish_manifest, is_finished, write_manifest
 from hf_delta.run.evaluation import BEFORE, evaluate_policy, evaluation_reward, write_report
 from hf_delta.run.fits import (
+    check_batches_are_full,
     check_checkpoint,
     check_finite,
     check_modules_to_save,
@@ -42,6 +43,7 @@ from hf_delta.run.fits import (
 )
 from hf_delta.run.hub import check_token
 from hf_delta.run.leaving import EXIT_STATUS, StopOnSigterm, Stopped
+from hf_delta.run.optimizer import check_optimizer_and_schedule
 from hf_delta.run.papers import papers_of_training
 from hf_delta.run.processes import main_first, naming_the_process, on_main, parallelism
 from hf_delta.run.progress import TrainingProgress
@@ -71,7 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         reason = finds_no_room(error)
         if reason is None:
             raise
-        return fail(no_room(error, reason), status=1)
+        then = "the same command with --resume goes on from the last checkpoint"
+        return fail(no_room(error, reason, then), status=1)
     except KeyboardInterrupt:
         announce("Interrupted. The same command with --resume goes on from the last checkpoint.")
         return 130
@@ -105,6 +108,7 @@ def _run(recipe: Recipe) -> Path:
     rewards = [resolve_reward(entry) for entry in recipe.run.reward_funcs or []]
     judge = evaluation_reward(recipe, rewards)
     destination = destination_of(recipe)
+    check_optimizer_and_schedule(recipe.training, recipe.source)
     if destination is not None and on_main(is_finished, recipe):
         announce(f"{recipe.output_dir} holds this run, finished: nothing is left to train")
         return _push(recipe, destination)
@@ -135,6 +139,7 @@ def _plan(recipe: Recipe) -> Path:
     from hf_delta.plan.run import dry_run
 
     destination_of(recipe)  # asks nobody
+    check_optimizer_and_schedule(recipe.training, recipe.source)
     show(dry_run(recipe), console())
     return recipe.output_dir
 
@@ -188,6 +193,7 @@ def _build_trainer(recipe: Recipe, train_rows: Dataset, eval_rows: Dataset | Non
     check_template(trainer, train_rows)
     check_finite(trainer)
     check_modules_to_save(trainer)
+    check_batches_are_full(trainer, recipe.source)
     if not len(trainer.train_dataset):
         # Rows whose prompt fills max_length have nothing to learn from, and TRL leaves them out.
         raise InputError(

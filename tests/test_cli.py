@@ -1,10 +1,14 @@
 """The commands: what they print, how they fail, and what they leave alone."""
 
 import json
+import resource
 import subprocess
 import sys
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_delta.train
 from hf_delta.cli import main
@@ -69,11 +73,30 @@ def test_bad_input_is_one_line_and_status_2(tmp_path):
         assert found.stderr.splitlines()[-1].startswith(f"error: {path}:2: unknown key 'lerning_rate'")
 
 
-@pytest.mark.parametrize(("rank", "shown"), [("0", True), ("1", False)])
-def test_one_process_of_a_launch_speaks(rank, shown, monkeypatch, capsys):
-    monkeypatch.setenv("RANK", rank)
+class Killed(Exception):
+    """By the launcher, because another process has ended."""
+
+
+def test_one_process_of_a_launch_speaks(monkeypatch, capsys):
+    def killed(seconds):
+        raise Killed
+
+    monkeypatch.setattr("time.sleep", killed)
+    monkeypatch.setenv("RANK", "0")
     assert hf_delta.train.main(["no-such-recipe"]) == 2
-    assert ("no-such-recipe" in capsys.readouterr().err) == shown
+    assert capsys.readouterr().err.startswith("error: no-such-recipe")
+    # The main process may be slower, and must not be killed before it has spoken because another one has ended.
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(Killed):
+        hf_delta.train.main(["no-such-recipe"])
+    assert not capsys.readouterr().err
+
+
+def test_a_process_that_nobody_ends_met_something_of_its_own(monkeypatch, capsys):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setenv("RANK", "1")
+    assert hf_delta.train.main(["no-such-recipe"]) == 2
+    assert capsys.readouterr().err.startswith("error: process 1: no-such-recipe")
 
 
 def test_what_only_one_process_knows_that_process_says(monkeypatch, capsys):
@@ -145,3 +168,47 @@ def write_rows(folder, rows):
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.mark.parametrize("command", [["recipes"], ["run", "quickstart"]], ids=" ".join)
+def test_a_command_that_is_interrupted_says_so(monkeypatch, capsys, command):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_delta.recipe.find.list_recipes", interrupted)
+    # In the middle of an import, too.
+    monkeypatch.setitem(sys.modules, "hf_delta.train", None)
+    monkeypatch.setattr("builtins.__import__", interrupting(interrupted, "hf_delta.train"))
+    assert main(command) == 130
+    assert capsys.readouterr().err == "Interrupted.\n"
+
+
+def interrupting(interrupted, name):
+    imports = __import__
+    return lambda module, *rest: interrupted() if module == name else imports(module, *rest)
+
+
+def test_a_disk_without_room_is_one_line(tmp_path, capsys):
+    adapter = small_adapter(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        status = main(["export", "--adapter", str(adapter), "--format", "lora", "--out", str(tmp_path / "lora")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        status == 1 and "there is no room on the disk" in said and said.endswith("Make room; give the command again.")
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def small_adapter(folder):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=16, num_hidden_layers=1, **sizes))
+    base.save_pretrained(folder / "base")
+    base.name_or_path = str(folder / "base")
+    model = get_peft_model(base, LoraConfig(r=8, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(folder / "adapter")
+    return folder / "adapter"

@@ -167,6 +167,14 @@ def test_the_lora_copy_is_the_adapter(hub, finished, playground, tmp_path):
     assert (base(torch.arange(1, 9)[None]).logits - expected).abs().max() > 1e-3
 
 
+def test_the_card_has_the_lora_copy_of_a_method_of_pefts_own(hub, playground, tmp_path):
+    content = keys("sft", playground, tmp_path / "dora", peft_config={**LORA, "method": "dora"}, max_steps=1)
+    assert main(["run", str(write(tmp_path, {**content, **PUSH, "push_lora": True}))]) == 0
+    card = hub.repos["me/it"].files["README.md"].decode()
+    assert "The folder `lora/` holds it as a plain LoRA (nearly so: it leaves out up to" in card
+    assert 'PeftModel.from_pretrained(base, "me/it", subfolder="lora")' in card
+
+
 def test_a_card_that_somebody_wrote_on_is_kept(hub, finished):
     path = finished / "README.md"
     ours = path.read_text()

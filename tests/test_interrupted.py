@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -21,8 +22,9 @@ from transformers import TrainerCallback, trainer
 import hf_delta.train
 from hf_delta.checkpoint import newest_complete_checkpoint
 from hf_delta.disk import finds_no_room
+from hf_delta.errors import InputError
 from hf_delta.train import main
-from tests.running import LORA, keys, write
+from tests.running import LORA, keys, train, write
 
 
 GDRO = {
@@ -374,3 +376,63 @@ def test_what_is_left_of_an_earlier_try_is_not_mixed_with_what_is_written(tmp_pa
     (left / "rng_state_1.pth").write_bytes(b"of another launch")
     assert main([recipe, "--resume"]) == 0
     assert not (left / "rng_state_1.pth").exists() and (left / "rng_state.pth").exists()
+
+
+def log(out):
+    return json.loads((out / "trainer_state.json").read_text())["log_history"]
+
+
+def test_the_loss_of_a_part_is_the_mean_of_its_steps(tmp_path, playground):
+    """A log line that spans the stop has losses of steps before it."""
+    content = keys("sft", playground, tmp_path / "out", **SAVING, lr_scheduler_type="constant", max_steps=6)
+    train(tmp_path, content, "--output_dir", str(tmp_path / "straight"))
+    losses = [row["loss"] for row in log(tmp_path / "straight") if "loss" in row]
+    train(tmp_path, content, "--logging_steps", "6", "--max_steps", "4")
+    train(tmp_path, content, "--logging_steps", "6", "--resume")
+    assert log(tmp_path / "out")[-1]["train_loss"] == pytest.approx(sum(losses[4:]) / 2, rel=1e-5)
+    assert [row["loss"] for row in log(tmp_path / "out") if "loss" in row] == pytest.approx(
+        [sum(losses) / 6], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("trainer", "flags", "says"),
+    [
+        ("sft", ("--learning_rate", "1e-5"), "its optimizer has learning_rate 0.003, which it would keep"),
+        ("dpo", ("--weight_decay", "0.1"), "this run has 0.1. Write weight_decay: 0.0"),
+        (
+            "grpo",
+            ("--optim", "sgd"),
+            "its optimizer has optim 'adamw_torch', which it would keep, and this run has 'sgd'",
+        ),
+    ],
+)
+def test_an_optimizer_that_would_not_become_another_one(tmp_path, playground, trainer, flags, says):
+    content = keys(trainer, playground, tmp_path / "out", **SAVING, max_steps=1)
+    out = train(tmp_path, content)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=re.escape(says)):
+        train(tmp_path, content, "--max_steps", "2", "--resume", *flags)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_weights_without_an_optimizer_take_any(tmp_path, playground):
+    content = keys("sft", playground, tmp_path / "out", **SAVING, save_only_model=True, max_steps=1)
+    train(tmp_path, content)
+    out = train(tmp_path, content, "--max_steps", "2", "--resume", "--optim", "sgd", "--learning_rate", "0.25")
+    assert [row["learning_rate"] for row in log(out) if "loss" in row][-1] == 0.25
+
+
+def test_a_checkpoint_from_elsewhere_says_itself_how_its_adapter_counts(tmp_path, playground):
+    content = keys("sft", playground, tmp_path / "out", **SAVING, max_steps=1)
+    (train(tmp_path, content) / "checkpoint-1").rename(tmp_path / "checkpoint-1")
+    other = {
+        **content,
+        "output_dir": str(tmp_path / "other"),
+        "peft_config": {**LORA, "lora_alpha": 32},
+        "max_steps": 2,
+    }
+    with pytest.raises(InputError, match="lora_alpha is 8 there and 32 here"):
+        train(tmp_path, other, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1"))
+    other["peft_config"] = LORA
+    assert train(tmp_path, other, "--resume_from_checkpoint", str(tmp_path / "checkpoint-1")) == tmp_path / "other"

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainerCallback
 
 
 # Private attributes that are read or written: of transformers' trainer, and of TRL's.
-TRAINER_ATTRIBUTES: tuple[str, ...] = ("_tr_loss", "_globalstep_last_logged")
+TRAINER_ATTRIBUTES: tuple[str, ...] = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged")
 TRL_ATTRIBUTES: tuple[str, ...] = ("_metrics",)
 # Of those trainers that count tokens themselves.
 COUNTING_ATTRIBUTES: tuple[str, ...] = ("_total_train_tokens",)
@@ -44,6 +44,8 @@ class _GoesOnWithItsLogLine(TrainerCallback):
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         if self.loss is not None:
             self.trainer._tr_loss += self.loss.to(self.trainer._tr_loss)
+            # `train_loss` is a mean over the steps of this part, and what is put back is of steps before it.
+            self.trainer._total_loss_scalar -= self.loss.item()
             self.trainer._globalstep_last_logged = self.last_logged
         # A trainer may train again.
         self.loss = None

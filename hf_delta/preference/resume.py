@@ -14,7 +14,7 @@ from hf_delta.errors import InputError
 from hf_delta.ops.gather import is_partitioned
 from hf_delta.preference.examples import TokenExamples
 from hf_delta.preference.feasible import Multipliers
-from hf_delta.resume import Resumable, batches, check_method, reading, state_of
+from hf_delta.resume import Resumable, batches, check_method, optimizer_settings, reading, state_of
 
 
 logger = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class ResumableDPO(Resumable, TokenExamples):
             "method": self._method(),
             "settings": self._settings(),
             "layout": batches(self.args),
+            "optimizer": optimizer_settings(self.args),
             "metrics": metrics,
             "multipliers": None if self.multipliers is None else self.multipliers.state_dict(),
             "rule": None if self.rule is None else state_of(self.rule, f"rule of token weights {self.args.rule_name}"),

@@ -32,6 +32,9 @@ _AT_LEAST = {
     "dataloader_num_workers": 0,
     "adam_beta1": 0,
     "adam_beta2": 0,
+    "adam_epsilon": 0,
+    "label_smoothing_factor": 0,
+    "neftune_noise_alpha": 0,
     "top_k": 0,
     "min_p": 0,
 }
@@ -44,7 +47,15 @@ _ABOVE = {
     "save_steps": 0,
     "eval_steps": 0,
 }
-_AT_MOST = {"top_p": 1, "min_p": 1, "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32 - 1, "data_seed": 2**32 - 1}
+_AT_MOST = {
+    "top_p": 1,
+    "min_p": 1,
+    "label_smoothing_factor": 1,
+    "adam_beta1": 1,
+    "adam_beta2": 1,
+    "seed": 2**32 - 1,
+    "data_seed": 2**32 - 1,
+}
 # What stands for none.
 _OR = {"max_steps": -1, "top_k": -1}
 # Whatever counts something in a tensor.

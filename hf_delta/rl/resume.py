@@ -10,7 +10,7 @@ from hf_delta import __version__
 from hf_delta._compat.trl import GRPOHooks
 from hf_delta.checkpoint import ROLLOUTS_FILE, STATE_FILE, load_state, save_state
 from hf_delta.errors import InputError
-from hf_delta.resume import Resumable, batches, check_method, reading, state_of
+from hf_delta.resume import Resumable, batches, check_method, optimizer_settings, reading, state_of
 from hf_delta.rl.curriculum import PASS_RATE, Curriculum
 from hf_delta.rl.weights import AdvantageTransform
 from hf_delta.rl.weights.base import transform_name
@@ -47,6 +47,7 @@ class ResumableGRPO(Resumable, GRPOHooks):
                 "method": self._method(),
                 "settings": self._settings(),
                 "layout": self._layout(),
+                "optimizer": optimizer_settings(self.args),
                 "generation": self.generation_state(),
                 "metrics": metrics,
                 "curriculum": None

@@ -156,6 +156,8 @@ def how_to_load(result: Result, names: Names) -> str:
             "Its method is not part of PEFT: without `import hf_delta`, loading it ends in "
             f"`KeyError: '{result.kind}'`.{_as_lora(names)}"
         )
+    elif names.lora_error is not None:
+        parts.append(_as_lora(names).lstrip())
     return "\n\n".join(parts)
 
 

@@ -3,12 +3,16 @@
 import errno
 import os
 import sys
+import time
 
 from rich.console import Console
 from rich.markup import escape
 
 from hf_delta.disk import NoRoomError
 from hf_delta.errors import InputError
+
+
+_PATIENCE = 20  # seconds
 
 
 class OneProcessError(InputError):
@@ -46,21 +50,23 @@ def unusable_path(error: BaseException) -> InputError | None:
     return None
 
 
-def no_room(error: Exception, reason: str) -> InputError:
+def no_room(error: Exception, reason: str, then: str) -> InputError:
     """What to say of a disk that is full, wherever that was noticed; each process for itself."""
     if isinstance(error, NoRoomError):
         return OneProcessError(str(error))
     where = getattr(error, "filename", None) or "A file could not be written"
-    return OneProcessError(
-        f"{where}: there is no room on the disk ({reason}). Make room; the same command with --resume goes on from the last "
-        "checkpoint."
-    )
+    return OneProcessError(f"{where}: there is no room on the disk ({reason}). Make room; {then}.")
 
 
 def fail(error: InputError, status: int = 2) -> int:
     """Report an error on one line, once where every process met it, and return the exit status for it."""
-    if is_main_process() or isinstance(error, OneProcessError):
-        # Reasons that other packages give have several lines.
-        lines = [line.strip() for line in str(error).splitlines()]
-        sys.stderr.write(f"error: {' '.join(filter(None, lines))}\n")
+    said = str(error)
+    if not (is_main_process() or isinstance(error, OneProcessError)):
+        # A launcher kills the others when one process ends, and the main one, which is to report, may be slower. Whoever is
+        # still there after this met something that the main process did not.
+        time.sleep(_PATIENCE)
+        said = f"process {os.environ['RANK']}: {said}"
+    # Reasons that other packages give have several lines.
+    lines = [line.strip() for line in said.splitlines()]
+    sys.stderr.write(f"error: {' '.join(filter(None, lines))}\n")
     return status

@@ -18,7 +18,7 @@ from hf_delta.data import CACHE
 from hf_delta.errors import InputError
 from hf_delta.paths import check_writable
 from hf_delta.recipe import Recipe
-from hf_delta.resume import check_batches
+from hf_delta.resume import check_batches, check_optimizer
 from hf_delta.run.paths import local_paths
 from hf_delta.run.undo import BEFORE_TRAINING, MANIFEST
 
@@ -45,12 +45,12 @@ def check_output_dir(recipe: Recipe) -> str | None:
         raise InputError("resume_from_checkpoint and overwrite_output_dir exclude each other.")
     if isinstance(run.resume_from_checkpoint, str):
         checkpoint = _checked_checkpoint(recipe, Path(run.resume_from_checkpoint))
-        check_batches(checkpoint, recipe.training)
+        _check_goes_on(checkpoint, recipe)
         return checkpoint
     if run.resume_from_checkpoint:
         checkpoint = _newest_checkpoint(recipe)
         if checkpoint is not None:
-            check_batches(checkpoint, recipe.training)
+            _check_goes_on(checkpoint, recipe)
         return checkpoint
     if not _leftovers(out):
         return None
@@ -68,6 +68,11 @@ def check_output_dir(recipe: Recipe) -> str | None:
             "<another directory>. Delete it: --overwrite_output_dir true."
         )
     return None
+
+
+def _check_goes_on(checkpoint: str, recipe: Recipe) -> None:
+    check_optimizer(checkpoint, recipe.training)
+    check_batches(checkpoint, recipe.training)
 
 
 def _leftovers(out: Path) -> list[Path]:

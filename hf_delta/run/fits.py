@@ -1,5 +1,6 @@
 """Do the parts of a run belong together? Asked before the first step."""
 
+import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ _STATES = {
     "scheduler.pt": {"last_epoch"},
     "rng_state*.pth": {"python", "numpy", "cpu"},
 }
-_ADAPTER, _MODEL = "adapter_model.safetensors", "model.safetensors"
+_ADAPTER, _MODEL, _SETTINGS = "adapter_model.safetensors", "model.safetensors", "adapter_config.json"
 
 
 def check_vocabulary(trainer: Trainer, rows: Dataset) -> None:
@@ -107,6 +108,28 @@ def check_modules_to_save(trainer: Trainer) -> None:
             raise InputError(f"modules_to_save: the model has no module {name!r}{suggest(name, there, most=3)}")
 
 
+def check_batches_are_full(trainer: Trainer, source: str) -> None:
+    """
+    Raises:
+        `InputError`: incomplete batches are left out, as GRPO always does, and there is no complete one: nothing would be trained.
+    """
+    args, rows = trainer.args, len(trainer.train_dataset)
+    if getattr(args, "generation_batch_size", None) is not None:
+        prompts = args.generation_batch_size // args.num_generations
+        if rows < prompts:
+            raise InputError(
+                f"{source}: the data has {rows} rows, and a generation batch takes {prompts} prompts: an epoch would be empty. Lower "
+                "per_device_train_batch_size or steps_per_generation, or add rows."
+            )
+        return
+    needed = args.per_device_train_batch_size * args.world_size
+    if args.dataloader_drop_last and rows < needed:
+        raise InputError(
+            f"{source}: there are {rows} rows to train on, and a batch of all processes takes {needed}: with dataloader_drop_last "
+            "nothing would be trained. Lower per_device_train_batch_size, or write dataloader_drop_last: false."
+        )
+
+
 def check_checkpoint(trainer: Trainer, checkpoint: str | Path) -> None:
     """See that the state and the weights of a checkpoint are those of this trainer. Sharded weights are not looked at.
 
@@ -128,6 +151,8 @@ def check_checkpoint(trainer: Trainer, checkpoint: str | Path) -> None:
     _check_states(checkpoint)
     if (checkpoint / file).is_file():
         _compare(checkpoint / file, _of_adapter(trainer.model) if is_adapter else _parameters(trainer.model))
+        if is_adapter:
+            _compare_settings(checkpoint / _SETTINGS, trainer.model)
     elif (checkpoint / other).is_file():
         there, here = ("a whole model", "an adapter")[:: 1 if is_adapter else -1]
         raise InputError(
@@ -180,6 +205,29 @@ def _compare(file: Path, tensors: dict[str, Any]) -> None:
     raise InputError(
         f"{file} does not fit the model of this run: {said}. Resume with the recipe that wrote it, or from an earlier checkpoint."
     )
+
+
+def _compare_settings(file: Path, model: PeftModel) -> None:
+    """Numbers of an adapter that no shape shows, such as `lora_alpha`: one that was copied from elsewhere has no `run.json`."""
+    try:
+        there = json.loads(file.read_text(encoding="utf-8"))
+        there["peft_type"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{file} cannot be read ({error!r}): it is damaged. Resume from an earlier checkpoint."
+        ) from error
+    for key, value in model.active_peft_config.to_dict().items():
+        # Of training the mode is another than of what is saved.
+        compared = (
+            key != "inference_mode"
+            and isinstance(value, (bool, int, float))
+            and isinstance(there.get(key), (bool, int, float))
+        )
+        if compared and there[key] != value:
+            raise InputError(
+                f"{file} does not fit the adapter of this run: {key} is {there[key]} there and {value} here. Resume with the recipe "
+                "that wrote it, or start in another output_dir."
+            )
 
 
 def _parameters(model: nn.Module) -> dict[str, Any]:
