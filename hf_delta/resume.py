@@ -34,7 +34,8 @@ class Resumable(Trainer):
             resume_from_checkpoint = str(newest)
         if resume_from_checkpoint:
             self._check_sharding(resume_from_checkpoint)
-            check_optimizer(resume_from_checkpoint, self.args)
+            if (other := other_optimizer(resume_from_checkpoint, self.args)) is not None:
+                logger.warning("%s", other)
             if (different := check_batches(resume_from_checkpoint, self.args)) is not None:
                 logger.warning("%s", different)
         return super().train(resume_from_checkpoint, *args, **kwargs)
@@ -121,24 +122,24 @@ def optimizer_settings(args: TrainingArguments) -> dict[str, Any]:
     return {"optim": kind, **{key: getattr(args, key) for key in keys}}
 
 
-def check_optimizer(checkpoint: str | Path, args: TrainingArguments) -> None:
-    """See that a run asks for no other optimizer than that of the checkpoint. Checkpoints of TRL do not say which it was.
+def other_optimizer(checkpoint: str | Path, args: TrainingArguments) -> str | None:
+    """What to say of a run that asks for another optimizer than that of the checkpoint; `None` where it does not.
 
-    Raises:
-        `InputError`: it does; transformers would go on with the old values, or break.
+    transformers goes on with the old values, or breaks. Checkpoints of TRL do not say which they were.
     """
     path = Path(checkpoint) / STATE_FILE
     if not path.exists() or written_under(checkpoint) is None:
-        return
+        return None
     with reading(path):
         there = dict(load_state(path).get("optimizer") or {})
     here = optimizer_settings(args)
     for key in here:
         if key in there and there[key] != here[key]:
-            raise InputError(
+            return (
                 f"{checkpoint}: its optimizer has {key} {there[key]!r}, which it would keep, and this run has {here[key]!r}. Write "
                 f"{key}: {there[key]}, or start in another output_dir."
             )
+    return None
 
 
 def _same_rows(rows: int, here: dict[str, int]) -> str:

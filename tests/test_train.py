@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from hf_delta.errors import InputError
 from hf_delta.evaluation import Report
 from hf_delta.recipe import load_recipe
-from hf_delta.run.directory import check_output_dir, write_manifest
+from hf_delta.run.directory import check_output_dir, clear, write_manifest
 from hf_delta.train import main
 from tests.running import LORA, keys, train, write
 
@@ -183,6 +183,22 @@ def test_bad_data_deletes_nothing_even_where_overwriting_is_asked_for(tmp_path, 
     with pytest.raises(InputError, match="does not exist"):
         train(tmp_path, keys("sft", playground, out, train_file="missing.jsonl"), "--overwrite_output_dir")
     assert snapshot(out) == before
+
+
+def test_a_run_that_is_deleted_stays_a_run_to_the_end(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "zoo").mkdir()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_delta.run.directory.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        clear(tmp_path)
+    assert (tmp_path / "run.json").exists()
+    monkeypatch.undo()
+    clear(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 # -- resuming -------------------------------------------------------------------------------------------------------

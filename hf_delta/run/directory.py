@@ -18,7 +18,7 @@ from hf_delta.data import CACHE
 from hf_delta.errors import InputError
 from hf_delta.paths import check_writable
 from hf_delta.recipe import Recipe
-from hf_delta.resume import check_batches, check_optimizer
+from hf_delta.resume import check_batches, other_optimizer
 from hf_delta.run.paths import local_paths
 from hf_delta.run.undo import BEFORE_TRAINING, MANIFEST
 
@@ -71,7 +71,9 @@ def check_output_dir(recipe: Recipe) -> str | None:
 
 
 def _check_goes_on(checkpoint: str, recipe: Recipe) -> None:
-    check_optimizer(checkpoint, recipe.training)
+    if (other := other_optimizer(checkpoint, recipe.training)) is not None:
+        # `run.json` and the card would say what was not so.
+        raise InputError(other)
     check_batches(checkpoint, recipe.training)
 
 
@@ -277,5 +279,6 @@ def clear(out: Path) -> None:
     """Delete an earlier run, and only a run: a directory without `run.json` is left alone."""
     if not (out / MANIFEST).is_file():
         return
-    for path in _leftovers(out):
+    # The manifest last: a directory without it would be nobody's.
+    for path in sorted(_leftovers(out), key=lambda path: path.name == MANIFEST):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

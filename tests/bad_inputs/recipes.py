@@ -1157,8 +1157,8 @@ TOGETHER = [
     run(
         "transform-that-is-not-there",
         "grpo",
-        {"advantage_transforms": ["my_rules.Missing"]},
-        "recipe.yaml: advantage_transforms: my_rules.Missing: cannot import my_rules (No module named 'my_rules').",
+        {"advantage_transforms": ["nobodys_rules.Missing"]},
+        "recipe.yaml: advantage_transforms: nobodys_rules.Missing: cannot import nobodys_rules (No module named 'nobodys_rules').",
     ),
     run(
         "transform-kwargs-alone",
