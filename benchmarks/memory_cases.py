@@ -56,6 +56,7 @@ CASES = {
     "playground grpo bone": Case(PLAYGROUND, "grpo", _adapter("bone", 16), 64, 54),
     "100M sft": Case("100M", "sft", None, 2, 128),
     "100M sft, checkpointing": Case("100M", "sft", None, 2, 256, CHECKPOINTING),
+    "100M sft, bf16, checkpointing": Case("100M", "sft", None, 2, 256, {"bf16": True, **CHECKPOINTING}),
     "100M sft, bf16, accumulating": Case("100M", "sft", None, 2, 64, {"bf16": True, "gradient_accumulation_steps": 2}),
     "100M sft lora": Case("100M", "sft", LORA, 2, 256),
     "100M sft dora": Case("100M", "sft", _adapter("dora", 16), 2, 256),
