@@ -6,6 +6,7 @@ from hf_delta._compat.hub_pushes import SharedPushes
 from hf_delta._compat.running import RunningMetrics
 from hf_delta._compat.safe_saves import SafeSaves
 from hf_delta._compat.whole_saves import WholeSaves
+from hf_delta.errors import InputError
 
 
 # Parameters of each private method that is overridden, as of transformers 5.17 to 5.23.
@@ -31,6 +32,14 @@ class ExtraState(RunningMetrics, SafeSaves, WholeSaves, SharedPushes):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
             self.load_extra_weights(Path(checkpoint))
-        super()._load_optimizer_and_scheduler(checkpoint)
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:
+            if checkpoint is None or isinstance(error, InputError):
+                raise
+            raise InputError(
+                f"{checkpoint}: its optimizer does not fit the model of this run ({error}). Resume with the recipe that wrote it, or "
+                "from an earlier checkpoint."
+            ) from error
         if checkpoint is not None:
             self.load_extra_state(Path(checkpoint))

@@ -6,7 +6,7 @@ import shutil
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_delta.checkpoint import STATE_FILE
+from hf_delta.checkpoint import STATE_FILE, load_state, save_state
 from tests.bad_inputs.case import Case, copied, recipe, run, slow
 from tests.bad_inputs.data import link
 from tests.bad_inputs.models import cut
@@ -78,17 +78,12 @@ def header(**changes):
 
 
 def structure(edit):
-    """The structure in our state file, changed."""
-    from safetensors import safe_open
+    """What our state file says, changed, and saved as another version might: with the right checksum."""
 
     def change(path, world):
-        with safe_open(path / STATE_FILE, "pt") as file:
-            found = file.metadata()
-        # As of before there were checksums.
-        del found["crc32"]
-        content = json.loads(found["structure"])
+        content = load_state(path / STATE_FILE)
         edit(content)
-        save_file(load_file(path / STATE_FILE), path / STATE_FILE, metadata=found | {"structure": json.dumps(content)})
+        save_state(path / STATE_FILE, content)
 
     return inside(change)
 
@@ -535,6 +530,26 @@ RESUMING = [
 ]
 
 OTHER_METHODS = [
+    resumed(
+        "another-learning-rate",
+        "dpo",
+        "another `learning_rate`",
+        "out/checkpoint-2: its optimizer has learning_rate 1e-06, which it would keep, and this run has 1e-05. Write learning_rate: 1e-06, or start in another output_dir.",
+        keys={"learning_rate": 1e-5},
+    ),
+    resumed(
+        "another-optimizer",
+        "dpo",
+        "another `optim`",
+        "out/checkpoint-2: its optimizer has optim 'adamw_torch', which it would keep, and this run has 'sgd'. Write optim: adamw_torch, or start in another output_dir.",
+        keys={"optim": "sgd"},
+    ),
+    resumed(
+        "optimizer-of-another-model",
+        "sft",
+        "an optimizer state with other parameters",
+        "out/checkpoint-2: its optimizer does not fit the model of this run (…). Resume with the recipe that wrote it, or from an earlier checkpoint.",
+    ),
     resumed(
         "another-rank",
         "sft",

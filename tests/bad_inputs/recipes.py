@@ -563,6 +563,45 @@ NUMBERS = [
     ),
     run("beta1", "sft", {"adam_beta1": 1.5}, "recipe.yaml:15: adam_beta1 must be at least 0 and at most 1, got 1.5."),
     run(
+        "beta1-of-1",
+        "sft",
+        {"adam_beta1": 1.0},
+        "recipe.yaml: optim: … does not work with what is set (Invalid beta parameter at index 0: 1.0). Change optim, optim_args and adam_*.",
+    ),
+    run(
+        "epsilon-negative", "dpo", {"adam_epsilon": -1.0}, "recipe.yaml:15: adam_epsilon must be at least 0, got -1.0."
+    ),
+    run(
+        "schedule-without-its-argument",
+        "sft",
+        {"lr_scheduler_type": "cosine_with_min_lr"},
+        "recipe.yaml: lr_scheduler_type: cosine_with_min_lr does not work with what is set (…). Change lr_scheduler_type and lr_scheduler_kwargs.",
+    ),
+    run(
+        "schedule-argument",
+        "grpo",
+        {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"cycles": 1}},
+        "recipe.yaml: lr_scheduler_type: cosine_with_restarts does not work with what is set (…unexpected keyword argument 'cycles'). Change lr_scheduler_type and lr_scheduler_kwargs.",
+    ),
+    run(
+        "optimizer-without-its-package",
+        "dpo",
+        {"optim": "galore_adamw"},
+        "recipe.yaml: optim: galore_adamw does not work with what is set (You need to install `galore_torch`…). Change optim, optim_args and adam_*.",
+    ),
+    run(
+        "optimizer-argument",
+        "sft",
+        {"optim": "rmsprop", "optim_args": "alpha=x"},
+        "recipe.yaml: optim: rmsprop does not work with what is set (could not convert string to float: 'x'). Change optim, optim_args and adam_*.",
+    ),
+    run(
+        "no-batch",
+        "sft",
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 7, "max_train_rows": 6},
+        "recipe.yaml: there are 6 rows to train on, and a batch of all processes takes 7: with dataloader_drop_last nothing would be trained. Lower per_device_train_batch_size, or write dataloader_drop_last: false.",
+    ),
+    run(
         "huge-seed",
         "sft",
         {"seed": 10**20},
