@@ -239,8 +239,7 @@ def begun(world, tmp_path, monkeypatch, **changes):
     out = tmp_path / "pairs.jsonl"
     with monkeypatch.context() as patch:
         patch.setattr("hf_delta.preference.pairs.build.measure_delta", out_of_luck)
-        with pytest.raises(KeyboardInterrupt):
-            main(flags(world, "", out=out, **changes))
+        assert main(flags(world, "", out=out, **changes)) == 130
     assert not out.exists() and out.with_name("pairs.jsonl.partial").exists()
     return out
 
