@@ -596,7 +596,7 @@ NUMBERS = [
         "recipe.yaml: optim: rmsprop does not work with what is set (could not convert string to float: 'x'). Change optim, optim_args and adam_*.",
     ),
     run(
-        "no-batch",
+        "every-batch-left-out",
         "sft",
         {"dataloader_drop_last": True, "per_device_train_batch_size": 7, "max_train_rows": 6},
         "recipe.yaml: there are 6 rows to train on, and a batch of all processes takes 7: with dataloader_drop_last nothing would be trained. Lower per_device_train_batch_size, or write dataloader_drop_last: false.",
