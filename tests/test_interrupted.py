@@ -325,6 +325,26 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path, playground, monkey
 
 
 # -- which checkpoint -----------------------------------------------------------------------------------------------
+class Interrupted(TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_what_a_run_writes_anew_is_taken_even_if_it_is_the_same(tmp_path, playground, monkeypatch):
+    """The second try has the bits of the first one, and must not begin again for ever."""
+    content = keys("sft", playground, tmp_path / "out", **{**SAVING, "save_total_limit": None}, max_steps=4)
+    recipe, out = str(write(tmp_path, content)), tmp_path / "out"
+    assert main([recipe]) == 0
+    first = (out / "checkpoint-3" / "trainer_state.json").read_bytes()
+    monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS, Interrupted])
+    assert main([recipe, "--resume_from_checkpoint", str(out / "checkpoint-1")]) == 130
+    monkeypatch.undo()
+    assert (out / "checkpoint-3" / "trainer_state.json").read_bytes() == first
+    assert main([recipe, "--resume"]) == 0
+    assert resumed_from(out) == "checkpoint-3"
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, playground):
     """A run with two checkpoints."""

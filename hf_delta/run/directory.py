@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import shutil
-import zlib
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -95,7 +94,7 @@ def _checked_checkpoint(recipe: Recipe, checkpoint: Path) -> str:
         raise InputError(
             f"resume_from_checkpoint: {checkpoint} is a run; name a checkpoint-<step> in it, or write true."
         )
-    if not (checkpoint / "trainer_state.json").exists() and not checkpoint.name.startswith("checkpoint-"):
+    if not (checkpoint / _LAST).exists() and not checkpoint.name.startswith("checkpoint-"):
         raise InputError(
             f"resume_from_checkpoint: {checkpoint} is no checkpoint; name a checkpoint-<step> of a run, or write true."
         )
@@ -134,8 +133,8 @@ def _newest_checkpoint(recipe: Recipe) -> str | None:
     return str(newest)
 
 
-def _later_ones(out: Path, resumed_from: str | None) -> dict[str, str]:
-    """Checkpoints that a run leaves behind which goes on from an earlier one of its own, and what they look like.
+def _later_ones(out: Path, resumed_from: str | None) -> dict[str, int]:
+    """Checkpoints that a run leaves behind which goes on from an earlier one of its own, and when they were written.
 
     Until it has written them anew, the newest checkpoint is one of those that it was told not to take.
     """
@@ -143,16 +142,17 @@ def _later_ones(out: Path, resumed_from: str | None) -> dict[str, str]:
         return {}
     there, names = checkpoints(out), [path.name for path in checkpoints(out)]
     later = there[: names.index(Path(resumed_from).name)] if Path(resumed_from).name in names else []
-    return {path.name: _fingerprint(path) for path in later if (path / _LAST).is_file()}
+    return {path.name: _written(path) for path in later if (path / _LAST).is_file()}
 
 
 def _is_superseded(checkpoint: Path) -> bool:
     left_behind = (read_manifest(checkpoint.parent) or {}).get("superseded", {})
-    return checkpoint.name in left_behind and left_behind[checkpoint.name] == _fingerprint(checkpoint)
+    return checkpoint.name in left_behind and left_behind[checkpoint.name] == _written(checkpoint)
 
 
-def _fingerprint(checkpoint: Path) -> str:
-    return f"{zlib.crc32((checkpoint / _LAST).read_bytes()):08x}"
+def _written(checkpoint: Path) -> int:
+    # Not the content, which a second try with the same settings writes bit for bit.
+    return (checkpoint / _LAST).stat().st_mtime_ns
 
 
 def _check_same_method(recipe: Recipe, run_dir: Path) -> None:
